@@ -1,0 +1,94 @@
+"""Pre-trains a decoder-only transformer from scratch, in phases of growing context.
+
+    python -m llm_jax.main --config=configs/pretrain.py            # about five minutes on two cores
+    python -m llm_jax.main --config=configs/pretrain.py:size=tiny  # the same in about a minute
+    python -m llm_jax.main --config=configs/pretrain.py --config.data.source=corpus.jsonl
+
+The corpus is the text of the Python installation itself: language reference, docstrings and sources
+of the standard library. Other sizes are the presets of llm_jax/models/presets.py, by name:
+`size=125m`, `size=llama3.1-8b`, ...; they train on 20 tokens a parameter.
+"""
+
+import dataclasses
+
+from llm_jax.checkpoint import CheckpointConfig
+from llm_jax.config import defaults, parse_argument
+from llm_jax.data.corpus import DataConfig
+from llm_jax.data.phases import PhaseConfig
+from llm_jax.data.tokenizers import TokenizerConfig
+from llm_jax.errors import UserError, did_you_mean
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.presets import PRESETS
+from llm_jax.models.size import parameter_count
+from llm_jax.objectives.lm import LossConfig
+from llm_jax.optim import OptimizerConfig
+from llm_jax.sharding import MeshConfig
+from llm_jax.trainers.base import EvaluationConfig, SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig
+
+TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
+
+
+def get_config(argument=None):
+    size = parse_argument(argument, size="default")["size"]
+    if size == "default":
+        return _default()
+    if size == "tiny":
+        return _tiny()
+    if size not in PRESETS:
+        raise UserError(f"size={size!r} is unknown.{did_you_mean(size, ['default', *PRESETS])}")
+    return _preset(PRESETS[size])
+
+
+def _default():
+    return defaults(
+        PretrainConfig,
+        model=ModelConfig(
+            embed_dim=128, num_layers=4, num_heads=4, mlp_dim=352, max_length=1024, qk_norm=True
+        ),
+        tokenizer=TokenizerConfig(vocab_size=2048),
+        phases=(
+            PhaseConfig(length=128, batch=16, steps=420),
+            PhaseConfig(length=256, batch=8, steps=150, rope_theta=40_000.0, rewarm_steps=10),
+        ),
+        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3, warmup_steps=50),
+        sample=SampleConfig(prompt="def "),
+    )
+
+
+def _tiny():
+    return defaults(
+        PretrainConfig,
+        model=ModelConfig(embed_dim=64, num_layers=2, num_heads=2, mlp_dim=176, max_length=512),
+        tokenizer=TokenizerConfig(vocab_size=1024, train_bytes=2 * 1024 * 1024),
+        phases=(
+            PhaseConfig(length=64, batch=16, steps=300),
+            PhaseConfig(length=128, batch=8, steps=60, rope_theta=40_000.0),
+        ),
+        optimizer=OptimizerConfig(learning_rate=8e-3, warmup_steps=20),
+        evaluation=EvaluationConfig(every=100, rows=32),
+        checkpoint=CheckpointConfig(every=20),
+        sample=SampleConfig(prompt="def ", max_new_tokens=32),
+    )
+
+
+def _preset(model):
+    model = dataclasses.replace(model, dtype="bfloat16", scan_layers=True, remat="full")
+    vocabulary = model.vocab_size or 32_768
+    tokens = TOKENS_A_PARAMETER * parameter_count(dataclasses.replace(model, vocab_size=vocabulary))
+    short, long = 2048, 4096
+    return defaults(
+        PretrainConfig,
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=vocabulary),
+        data=DataConfig(packing="best_fit"),
+        loss=LossConfig(chunk=512, z_loss=1e-4),
+        phases=(
+            PhaseConfig(length=short, batch=256, tokens=int(0.8 * tokens)),
+            PhaseConfig(length=long, batch=128, tokens=int(0.2 * tokens), rewarm_steps=100),
+        ),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000, schedule="wsd"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        evaluation=EvaluationConfig(every=1000, rows=1024),
+        checkpoint=CheckpointConfig(every=1000),
+    )

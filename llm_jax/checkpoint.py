@@ -1,0 +1,274 @@
+"""Checkpoints: the only file that imports orbax.
+
+A checkpoint is a folder `checkpoints/STEP/` with four items, so that a later stage can read what it
+needs and no more:
+  params   the parameters: their average, where the optimiser keeps one
+  train    step, optimiser state, randomness, and the parameters where `params` is an average
+  data     the cursor of the data and of the phases (JSON)
+  meta     model config, stage, lineage (JSON)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from llm_jax.errors import UserError
+from llm_jax.types import TrainState
+
+FOLDER = "checkpoints"
+DAMAGED = ".damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a checkpoint is written and which are kept."""
+
+    every: int = 200  # steps; the last step of a phase and of the run are always saved
+    keep_latest: int = 2
+    keep_every: int | None = None  # steps whose multiples are kept for good
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_latest", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"config.checkpoint.{name}={value} must be at least 1.")
+
+
+class Checkpointer:
+    """Writes and restores the checkpoints of one run directory, asynchronously and atomically."""
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig):
+        self._directory = Path(workdir).absolute() / FOLDER
+        policies: list[Any] = [preservation_policy.LatestN(config.keep_latest)]
+        if config.keep_every:
+            policies.append(preservation_policy.EveryNSteps(config.keep_every))
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO
+        # Of a damaged checkpoint's many files one error is raised; asyncio would print the others.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self, step: int, state: TrainState, params: Any, data: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Starts writing a checkpoint; returns once the arrays may be overwritten.
+
+        `params` is what later stages and tools read: `state.params` or the average of them.
+        """
+        if step in self._manager.all_steps():
+            return
+        with _disk_errors(self._directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    train=ocp.args.StandardSave(_train_item(state, params is not state.params)),
+                    data=ocp.args.JsonSave(data),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                force=True,
+            )
+
+    def restore(
+        self, abstract: TrainState, averaged: bool, warn: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest readable state and its data cursor, or None when nothing was saved.
+
+        `averaged` says that the `params` item holds an average, as it did in `save`. `abstract`
+        holds jax.ShapeDtypeStructs with the shardings of the current mesh, which may differ from
+        the mesh that wrote. A checkpoint that cannot be read is set aside under another name,
+        reported by `warn`, and the one before it is tried.
+
+        Raises:
+          UserError: checkpoints exist and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        reasons = []
+        for step in steps:
+            try:
+                return self._restore(step, abstract, averaged)
+            except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                reasons.append(f"{step}: {_first_line(error)}")
+                if step != steps[-1]:
+                    warn(
+                        f"checkpoint {step} cannot be read ({_first_line(error)}); trying an older"
+                    )
+                    self._set_aside(step)
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self._directory} can be read ({'; '.join(reasons)}): "
+                f"start again in another --workdir, or delete the folder."
+            )
+        return None
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint being written is complete."""
+        with _disk_errors(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with _disk_errors(self._directory):
+            self._manager.close()
+
+    def _restore(
+        self, step: int, abstract: TrainState, averaged: bool
+    ) -> tuple[TrainState, dict[str, Any]]:
+        items: dict[str, Any] = {
+            "train": ocp.args.StandardRestore(_train_item(abstract, averaged)),
+            "data": ocp.args.JsonRestore(),
+        }
+        if not averaged:
+            items["params"] = ocp.args.StandardRestore(abstract.params)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        train = restored["train"]
+        params = train["params"] if averaged else restored["params"]
+        rng = jax.device_put(jax.random.wrap_key_data(train["rng"]), abstract.rng.sharding)
+        state = TrainState(train["step"], params, train["opt_state"], rng)
+        return state, restored["data"]
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self._directory / f"{step}{DAMAGED}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time at the same step
+            os.rename(self._directory / str(step), aside)
+        self._manager.reload()
+
+
+def latest_step(run: str | Path) -> int | None:
+    """The newest checkpoint of a run directory, None where there is none."""
+    steps = _steps(Path(run))
+    return steps[-1] if steps else None
+
+
+def locate(init_from: str) -> tuple[Path, int]:
+    """The run directory and step that `DIR` or `DIR@STEP` names.
+
+    Raises:
+      UserError: no run directory there, or no such step in it.
+    """
+    name, wanted = init_from, ""
+    if not (Path(name) / "config.json").exists():  # a folder's own name may hold an "@", too
+        name, _, wanted = init_from.partition("@")
+    run = Path(name)
+    if not (run / "config.json").exists():
+        raise UserError(f"{name} is no run directory: it has no config.json (in {init_from!r}).")
+    steps = _steps(run)
+    if not steps:
+        raise UserError(f"{name} holds no checkpoint yet: run its stage first.")
+    if not wanted:
+        return run, steps[-1]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UserError(
+            f"{name} has no checkpoint {wanted!r}; it has {', '.join(map(str, steps))}."
+        )
+    return run, int(wanted)
+
+
+def read_meta(run: str | Path, step: int) -> dict[str, Any]:
+    """The meta item of one checkpoint: model config, stage, lineage.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    folder = _step_folder(run, step) / "meta"
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.JsonRestore())
+    except Exception as error:
+        raise UserError(f"{folder} cannot be read: {_first_line(error)}") from error
+
+
+def newest_meta(run: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and meta of the newest checkpoint whose meta can be read; None without checkpoints.
+
+    Raises:
+      UserError: checkpoints exist and the meta of none can be read.
+    """
+    problem = None
+    for step in reversed(_steps(Path(run))):
+        try:
+            return step, read_meta(run, step)
+        except UserError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def read_params(run: str | Path, step: int, abstract: Any) -> Any:
+    """The parameters of one checkpoint, straight into the shardings of `abstract`.
+
+    Raises:
+      UserError: the checkpoint cannot be read or has other parameters than `abstract`.
+    """
+    folder = _step_folder(run, step) / "params"
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, abstract)
+    except Exception as error:
+        raise UserError(
+            f"the parameters in {folder} cannot be read: {_first_line(error)}"
+        ) from error
+
+
+def _step_folder(run: str | Path, step: int) -> Path:
+    return Path(run).absolute() / FOLDER / str(step)
+
+
+def _steps(run: Path) -> list[int]:
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def _train_item(state: TrainState, with_params: bool) -> dict[str, Any]:
+    """What resuming needs beside the parameters; typed keys are stored as their raw words."""
+    if isinstance(state.rng, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.rng)
+        rng: Any = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.rng.sharding)
+    else:
+        rng = jax.random.key_data(state.rng)
+    item = {"step": state.step, "opt_state": state.opt_state, "rng": rng}
+    return item | ({"params": state.params} if with_params else {})
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class _disk_errors:
+    """Turns a full disk into one line; everything saved before stays as it was."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        chain = error
+        while chain is not None:
+            full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or "No space left on device" in str(chain):
+                raise UserError(
+                    f"the disk is full: {self._directory} could not take the checkpoint. Free some "
+                    f"space and run the same command: it resumes from the last one written."
+                ) from error
+            chain = chain.__cause__ or chain.__context__

@@ -1,0 +1,140 @@
+"""What every tokenizer can do, its special tokens, and the plainest kind: bytes."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+# Purpose → the string that a new special token gets. The order decides the ids.
+SPECIAL_TOKENS: dict[str, str] = {
+    "bos": "<|bos|>",
+    "eos": "<|eos|>",
+    "pad": "<|pad|>",
+    "system": "<|system|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+    "tool": "<|tool|>",
+    "end_of_turn": "<|end_of_turn|>",
+}
+META_FILE = "special_tokens.json"
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    vocab_size: one more than the largest id.
+    special_ids: the id of each purpose of `SPECIAL_TOKENS`; all distinct.
+    special_tokens: the string of each purpose, as `decode` shows it when specials are kept.
+
+    The strings of special tokens that stand inside a text are encoded as ordinary text, so no
+    document and no user's message can forge a role or an end: specials enter only by id.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, vocab_size: int, special_ids: Mapping[str, int], tokens: Mapping[str, str]):
+        if set(special_ids) != set(SPECIAL_TOKENS) or len(set(special_ids.values())) != len(
+            special_ids
+        ):
+            raise ValueError(f"special tokens need distinct ids, got {dict(special_ids)}")
+        self.vocab_size = vocab_size
+        self.special_ids = {name: special_ids[name] for name in SPECIAL_TOKENS}
+        self.special_tokens = {name: tokens[name] for name in SPECIAL_TOKENS}
+        self.bos_id = special_ids["bos"]
+        self.eos_id = special_ids["eos"]
+        self.pad_id = special_ids["pad"]
+        self._string_of_special = {special_ids[name]: tokens[name] for name in special_ids}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; never a special one. The text must hold no lone surrogates."""
+        return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores where the library can."""
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of the ids.
+
+        Bytes that form no character become U+FFFD. Ids past the vocabulary (a model's embedding
+        may be padded to a rounder size) decode to nothing.
+        """
+        runs: list[list[int]] = [[]]
+        texts: list[str] = []
+        for id_ in map(int, ids):
+            if id_ in self._string_of_special:
+                if not skip_special:
+                    texts += [self._decode_ordinary(runs[-1]), self._string_of_special[id_]]
+                    runs.append([])
+            elif 0 <= id_ < self.vocab_size:
+                runs[-1].append(id_)
+        return "".join([*texts, self._decode_ordinary(runs[-1])])
+
+    @abc.abstractmethod
+    def _decode_ordinary(self, ids: list[int]) -> str:
+        """The text of ids of which none is special."""
+
+    @abc.abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size], the UTF-8 bytes that each token adds to a text; 0 for specials.
+
+        Exact for byte-level kinds: the tokens of a text sum to its length in bytes. A kind that
+        rewrites text (normalises, or puts a space before the first word) counts what it wrote.
+        """
+
+    def save(self, directory: str | Path) -> None:
+        """Writes all that `load_tokenizer` needs; the folder is made where it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files().items():
+            (directory / name).write_bytes(content)
+        (directory / META_FILE).write_text(self._meta(), encoding="utf-8")
+
+    @abc.abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        """The files of the model of this kind, by name."""
+
+    def _meta(self) -> str:
+        specials = {
+            name: {"id": self.special_ids[name], "token": self.special_tokens[name]}
+            for name in SPECIAL_TOKENS
+        }
+        return json.dumps({"kind": self.kind, "special_tokens": specials}, indent=2) + "\n"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides how texts are encoded."""
+        digest = hashlib.sha256(self._meta().encode())
+        for name, content in sorted(self._files().items()):
+            digest.update(f"{name}:{len(content)}:".encode())
+            digest.update(content)
+        return digest.hexdigest()[:16]
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a UTF-8 byte, then the special tokens."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        special_ids = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+        super().__init__(256 + len(special_ids), special_ids, SPECIAL_TOKENS)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def _decode_ordinary(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+    def _files(self) -> dict[str, bytes]:
+        return {}

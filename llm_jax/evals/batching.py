@@ -1,0 +1,55 @@
+"""Rows to batches of one shape, and device arrays back to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm_jax.errors import UserError
+from llm_jax.types import Batch
+
+
+class BatchRows(Protocol):
+    """Random access to rows of arrays [T]; all rows have the same shapes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+def padded_batches(
+    rows: BatchRows, indices: Sequence[int], batch_size: int
+) -> Iterator[tuple[Sequence[int], Batch]]:
+    """Yields the rows in batches that all have the same shape, so that nothing compiles twice.
+
+    The last batch is filled up with empty rows: segment 0, weight 0. Every process builds the same
+    global batches, so all of them call the jitted function equally often and none can hang.
+
+    Yields:
+      The indices of the batch's rows, at most `batch_size` of them, and numpy arrays
+      [batch_size, T] whose first rows they are.
+
+    Raises:
+      UserError: `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise UserError(f"an evaluation batch of {batch_size} rows must have at least 1.")
+    for begin in range(0, len(indices), batch_size):
+        chosen = indices[begin : begin + batch_size]
+        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *[rows[i] for i in chosen])
+        missing = batch_size - len(chosen)
+        yield chosen, jax.tree.map(lambda a, n=missing: np.pad(a, [(0, n), (0, 0)]), batch)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array as numpy, also where other processes hold parts of it.
+
+    Every process must call it, because fetching the other parts is a collective.
+    """
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

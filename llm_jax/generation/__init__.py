@@ -1,0 +1,1 @@
+"""Generation: token choice, and prefill and decode with a KV cache."""

@@ -1,0 +1,250 @@
+"""Causal grouped-query attention: one interface, four backends.
+
+Legend: B batch, K key/value heads, G query heads per key/value head, T query time, S key time,
+H head dimension. Heads stand before time everywhere, so that both products are plain batched matrix
+products with nothing to transpose in between.
+
+A query sees a key that stands no later in the row, in the same segment, and fewer than `window`
+places back (the query's own place counts). Padding is segment 0 and sees only padding: every
+query has at least its own key, hence no row of the softmax is empty and nothing can become NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.errors import UserError, did_you_mean
+from llm_jax.sharding import spec
+
+if TYPE_CHECKING:
+    from llm_jax.models.config import ModelConfig
+
+BACKENDS = ("einsum", "xla", "cudnn", "splash")
+
+# Finite, so that the gradient through a masked score is 0 and not NaN.
+MASKED_SCORE = -0.7 * float(np.finfo(np.float32).max)
+SPLASH_BLOCK = 128  # the TPU kernel's lane width; its blocks are multiples of it
+
+
+def attention(
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    backend: str,
+    query_segment_ids_BT: jax.Array | None = None,
+    key_segment_ids_BS: jax.Array | None = None,
+    query_places_BT: jax.Array | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    dropout: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention output [batch, kv_heads, group, time, head_dim] in the dtype of q.
+
+    Scores are divided by the square root of the head dimension; scores and softmax are float32.
+
+    Args:
+      q_BKGTH: queries, already rotated.
+      k_BKSH: keys, already rotated. v_BKSH: values.
+      backend: one of `BACKENDS`.
+      query_segment_ids_BT, key_segment_ids_BS: int32, both or neither; 0 is padding.
+      query_places_BT: int32 index of each query among the keys; None = 0, 1, 2, ... with T = S.
+        Only the einsum backend takes it: the others compile the causal mask in.
+      window: keys that a query sees at most, itself included; None = all before it.
+      soft_cap: scores become soft_cap · tanh(score / soft_cap) (arXiv:2408.00118).
+      dropout: probability of dropping an attention weight, with `dropout_rng`; einsum only.
+      interpret: runs the splash kernel in the Pallas interpreter, on any platform.
+
+    Raises:
+      UserError: the backend cannot do what is asked.
+    """
+    check_backend(backend, dtype=q_BKGTH.dtype, soft_cap=soft_cap, dropout=dropout)
+    if (query_segment_ids_BT is None) != (key_segment_ids_BS is None):
+        raise ValueError("give segment ids for queries and keys, or for neither")
+    if query_places_BT is not None and backend != "einsum":
+        raise ValueError(f"attention backend {backend!r} takes no query_places: use einsum")
+    segments = (query_segment_ids_BT, key_segment_ids_BS)
+    if backend == "einsum":
+        return _einsum(
+            q_BKGTH, k_BKSH, v_BKSH, segments, query_places_BT, window, soft_cap, dropout,
+            dropout_rng,
+        )  # fmt: skip
+    if backend == "splash":
+        return _splash(q_BKGTH, k_BKSH, v_BKSH, segments, window, soft_cap, interpret)
+    return _dot_product_attention(q_BKGTH, k_BKSH, v_BKSH, segments, window, backend)
+
+
+def check_backend(backend: str, *, dtype: jax.typing.DTypeLike, soft_cap: float | None,
+                  dropout: float) -> None:  # fmt: skip
+    """Raises UserError where the backend cannot honour a setting."""
+    if backend not in BACKENDS:
+        raise UserError(
+            f"model.attention_backend={backend!r} is unknown.{did_you_mean(backend, BACKENDS)}"
+        )
+    mend = "set model.attention_backend=einsum, or leave it at auto."
+    if dropout and backend != "einsum":
+        raise UserError(f"attention backend {backend!r} has no attention dropout: {mend}")
+    if soft_cap is not None and backend in ("xla", "cudnn"):
+        raise UserError(f"attention backend {backend!r} has no soft cap on scores: {mend}")
+    if backend == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise UserError(
+            f"attention backend 'cudnn' computes in 16 bits, not {jnp.dtype(dtype).name}: "
+            "set model.dtype=bfloat16, or model.attention_backend=xla."
+        )
+
+
+def choose_backend(config: ModelConfig, platform: str) -> str:
+    """The backend that a model uses on a platform ("cpu", "gpu" or "tpu"); made once and logged.
+
+    "auto" is einsum on CPU (its heads-major products are the fastest there), and cuDNN's flash
+    kernel on GPU and splash on TPU where they can do what the config asks.
+
+    Raises:
+      UserError: a backend named by the config does not exist on the platform or cannot do what the
+        config asks.
+    """
+    settings: dict[str, Any] = {
+        "dtype": config.dtype,
+        "soft_cap": config.attention_soft_cap,
+        "dropout": config.attention_dropout,
+    }
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    asked = config.attention_backend
+    homes = {"cudnn": "gpu", "splash": "tpu"}
+    if asked != "auto":
+        check_backend(asked, **settings)
+        if homes.get(asked, platform) != platform:
+            raise UserError(
+                f"attention backend {asked!r} runs on {homes[asked]} and this is {platform}: "
+                "set model.attention_backend=auto."
+            )
+        return asked
+    preferred = {"gpu": ("cudnn", "xla"), "tpu": ("splash",)}.get(platform, ())
+    for backend in preferred:
+        if backend == "cudnn" and (config.resolved_head_dim % 8 or config.resolved_head_dim > 128):
+            continue  # what the kernel takes on every generation that has it
+        try:
+            check_backend(backend, **settings)
+        except UserError:
+            continue
+        return backend
+    return "einsum"
+
+
+def attention_mask(
+    query_length: int,
+    key_length: int,
+    query_segment_ids_BT: jax.Array | None,
+    key_segment_ids_BS: jax.Array | None,
+    query_places_BT: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """True where a query sees a key, bool [batch or 1, time, key_time]."""
+    if query_places_BT is None:
+        query_places_BT = jnp.arange(query_length)[None]
+    back_BTS = query_places_BT[:, :, None] - jnp.arange(key_length)
+    mask_BTS = back_BTS >= 0
+    if window is not None:
+        mask_BTS &= back_BTS < window
+    if query_segment_ids_BT is not None and key_segment_ids_BS is not None:
+        mask_BTS &= query_segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
+    return mask_BTS
+
+
+def _einsum(q, k, v, segments, query_places_BT, window, soft_cap, dropout, dropout_rng):
+    """The explicit form, and the reference for the other backends."""
+    scale = q.shape[-1] ** -0.5
+    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q * scale, k, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+    mask_BTS = attention_mask(
+        q.shape[3], k.shape[2], segments[0], segments[1], query_places_BT, window
+    )
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    if dropout and dropout_rng is not None:
+        keep = jax.random.bernoulli(dropout_rng, 1 - dropout, weights_BKGTS.shape)
+        weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v)
+
+
+def _dot_product_attention(q, k, v, segments, window, implementation):
+    """`jax.nn.dot_product_attention`, which wants time before heads, segments as a mask."""
+    batch, kv_heads, group, time, head_dim = q.shape
+    q_BTNH = q.reshape(batch, kv_heads * group, time, head_dim).swapaxes(1, 2)
+    mask = None
+    if segments[0] is not None:
+        mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH,
+        k.swapaxes(1, 2),
+        v.swapaxes(1, 2),
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out_BTNH.swapaxes(1, 2).reshape(q.shape)
+
+
+def _splash(q, k, v, segments, window, soft_cap, interpret):
+    """The TPU kernel; rows are padded to whole blocks, and shards run it on their own heads."""
+    # A Pallas call is opaque to the partitioner, so the sharding of its operands is spelt out.
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_splash_local, window=window, soft_cap=soft_cap, interpret=interpret)
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, segments)
+    heads = ("activation_batch", "activation_heads")
+    return jax.shard_map(
+        local,
+        in_specs=(spec(heads), spec(heads), spec(heads), spec(heads[:1])),
+        out_specs=spec(heads),
+        check_vma=False,
+    )(q, k, v, segments)
+
+
+def _splash_local(q, k, v, segments, window, soft_cap, interpret):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    batch, kv_heads, group, time, head_dim = q.shape
+    padding = -time % SPLASH_BLOCK
+    length = time + padding
+
+    def pad(x, axis):
+        widths = [(0, padding if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths)
+
+    q = pad(q * head_dim**-0.5, 3).reshape(batch, kv_heads * group, length, head_dim)
+    k, v = pad(k, 2), pad(v, 2)
+    ids = None
+    if segments[0] is not None:
+        ids = splash_attention_kernel.SegmentIds(pad(segments[0], 1), pad(segments[1], 1))
+    left = None if window is None else window - 1
+    mask = splash_attention_mask.LocalMask((length, length), (left, 0), offset=0)
+    # The largest block that divides the length keeps the kernel busy; past 512 it gains nothing.
+    block = next(size for size in (512, 256, SPLASH_BLOCK) if length % size == 0)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * (kv_heads * group)),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        attn_logits_soft_cap=soft_cap,
+        interpret=interpret,
+    )
+    out = jax.vmap(kernel)(q, k, v, ids)
+    return out.reshape(batch, kv_heads, group, length, head_dim)[:, :, :, :time]

@@ -1,0 +1,133 @@
+"""The transformer's settings, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from llm_jax.errors import UserError
+from llm_jax.models.rope import RopeConfig, rotated_dim
+
+LayerKind = Literal["global", "local"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder; every switch is independent of the others."""
+
+    vocab_size: int | None = None  # None = the tokenizer's
+    embed_dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4  # query heads
+    num_kv_heads: int | None = None  # key/value heads that query heads share; None = num_heads
+    head_dim: int | None = None  # None = embed_dim / num_heads
+    mlp_dim: int = 704
+    max_length: int = 131_072  # no position may reach it; the RoPE table's bound
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    tie_embeddings: bool = True  # the output projection is the transposed embedding table
+    qk_norm: bool = False  # norm over each head of queries and keys, before RoPE
+    attention_bias: Literal["none", "qkv", "all"] = "none"  # all: the output projection too
+    mlp_bias: bool = False
+    attention_soft_cap: float | None = None  # scores ← cap · tanh(score / cap)
+    logits_soft_cap: float | None = None
+    window: int | None = None  # keys that a local layer sees, the query's own included
+    # Kinds of layers, repeated over the depth; None = every layer local if there is a window.
+    attention_pattern: tuple[LayerKind, ...] | None = None
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    residual_dropout: float = 0.0  # on what attention and MLP add to the residual stream
+    attention_dropout: float = 0.0  # on attention weights; einsum backend only
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and activations
+    scan_layers: bool = False  # one compiled block, looped: compiles faster, fuses less
+    # What the backward pass finds saved: none = all activations, full = only block inputs,
+    # dots = matrix products, dots_no_batch = those with parameters (not attention scores).
+    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim", "mlp_dim", "max_length", "window"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name}={value} must be positive.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.kv_heads}: make it one."
+            )
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise UserError(
+                f"model.embed_dim={self.embed_dim} is not a multiple of "
+                f"model.num_heads={self.num_heads}: make it one, or set model.head_dim."
+            )
+        if self.resolved_head_dim % 2:
+            raise UserError(
+                f"model.head_dim={self.resolved_head_dim} is odd, and RoPE turns pairs of "
+                "dimensions: make it even."
+            )
+        if not rotated_dim(self.rope, self.resolved_head_dim):
+            raise UserError(
+                f"model.rope.fraction={self.rope.fraction} leaves no pair of the "
+                f"{self.resolved_head_dim} head dimensions to rotate: raise it."
+            )
+        for name in ("residual_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1).")
+        for name in ("attention_soft_cap", "logits_soft_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"model.{name}={value} must be positive; leave it out for no cap.")
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if self.attention_pattern is None:
+            return
+        unknown = set(self.attention_pattern) - {"global", "local"}
+        if unknown or not self.attention_pattern:
+            raise UserError(
+                f"model.attention_pattern={self.attention_pattern} must be a tuple of 'global' "
+                "and 'local'."
+            )
+        if ("local" in self.attention_pattern) != (self.window is not None):
+            raise UserError(
+                f"model.attention_pattern={self.attention_pattern} and model.window={self.window} "
+                "do not fit: a window needs a 'local' layer, and a 'local' layer a window."
+            )
+        if self.scan_layers and self.num_layers % len(self.attention_pattern):
+            raise UserError(
+                f"model.scan_layers needs model.num_layers={self.num_layers} to be a multiple of "
+                f"the {len(self.attention_pattern)} layers of model.attention_pattern."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.kv_heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer of the repeated pattern; None sees all before it."""
+        if self.attention_pattern is None:
+            return (self.window,)
+        return tuple(self.window if kind == "local" else None for kind in self.attention_pattern)
+
+    def layer_window(self, layer: int) -> int | None:
+        return self.windows[layer % len(self.windows)]
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises UserError where rows of `length` tokens pass the model's table of positions."""
+    if length > config.max_length:
+        raise UserError(
+            f"length {length} is past the RoPE table of model.max_length={config.max_length}: "
+            "shorten the length, or raise model.max_length (with a fitting model.rope)."
+        )

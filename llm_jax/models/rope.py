@@ -1,0 +1,135 @@
+"""Rotary position embedding and the scalings that stretch it to longer contexts.
+
+Legend: B batch, T time, H head dimension, R half of the rotated dimensions.
+The two halves of a head are rotated against one another (the layout of Hugging Face checkpoints),
+and every table is made in float32: bfloat16 angles are wrong from a few hundred positions on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.errors import UserError
+
+Scaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Which angle a position turns each pair of dimensions by.
+
+    Sources: RoFormer (arXiv:2104.09864); linear, position interpolation (arXiv:2306.15595); ntk and
+    yarn (arXiv:2309.00071); llama3, the Llama 3.1 release.
+    """
+
+    theta: float = 10_000.0  # base: the slowest pair turns once in about 2π·theta positions
+    fraction: float = 1.0  # share of the head dimensions that is rotated, the first ones
+    scaling: Scaling = "none"
+    factor: float = 1.0  # how many times longer the context becomes
+    original_length: int | None = None  # trained context; yarn and llama3 need it
+    low_frequency_factor: float = 1.0  # llama3: pairs with fewer turns in it are stretched whole
+    high_frequency_factor: float = 4.0  # llama3: pairs with more turns in it are left alone
+    beta_fast: float = 32.0  # yarn: pairs with more turns over original_length are left alone
+    beta_slow: float = 1.0  # yarn: pairs with fewer turns are stretched whole
+    attention_factor: float | None = None  # yarn: None = the paper's 0.1·ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise UserError(f"rope.theta={self.theta} must be above 1.")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"rope.fraction={self.fraction} must lie in (0, 1].")
+        if self.factor < 1:
+            raise UserError(f"rope.factor={self.factor} must be at least 1.")
+        if self.scaling == "none" and self.factor != 1:
+            raise UserError(
+                f"rope.factor={self.factor} has no effect with rope.scaling='none': "
+                "name a scaling or set the factor to 1."
+            )
+        if self.scaling in ("yarn", "llama3") and not self.original_length:
+            raise UserError(
+                f"rope.scaling={self.scaling!r} needs rope.original_length, the context length "
+                "that the model was trained at before."
+            )
+        if self.scaling == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
+            raise UserError("rope.high_frequency_factor must exceed rope.low_frequency_factor.")
+
+
+def rotated_dim(config: RopeConfig, head_dim: int) -> int:
+    """How many leading dimensions of a head are rotated; even."""
+    return int(head_dim * config.fraction) // 2 * 2
+
+
+def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angle per position of each rotated pair, float64 [rotated_dim // 2], in radians."""
+    dim = rotated_dim(config, head_dim)
+    theta = config.theta
+    if config.scaling == "ntk" and dim > 2:
+        # The base grows so that the slowest pair is stretched by `factor`, the fastest not at all.
+        theta *= config.factor ** (dim / (dim - 2))
+    plain = theta ** -(np.arange(0, dim, 2) / max(dim, 1))
+    if config.scaling == "linear":
+        return plain / config.factor
+    if config.scaling == "llama3":
+        return _llama3(config, plain)
+    if config.scaling == "yarn":
+        return _yarn(config, plain, dim)
+    return plain
+
+
+def _llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    assert config.original_length is not None
+    low, high = config.low_frequency_factor, config.high_frequency_factor
+    turns = config.original_length * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * (keep + (1 - keep) / config.factor)
+
+
+def _yarn(config: RopeConfig, plain: np.ndarray, dim: int) -> np.ndarray:
+    assert config.original_length is not None
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that makes `turns` turns over the original length."""
+        length = config.original_length or 0
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low = max(math.floor(pair(config.beta_fast)), 0)
+    high = min(math.ceil(pair(config.beta_slow)), dim - 1)
+    stretch = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return plain * ((1 - stretch) + stretch / config.factor)
+
+
+def amplitude(config: RopeConfig) -> float:
+    """What queries and keys are both multiplied by: yarn's attention factor, else 1."""
+    if config.scaling != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    return 0.1 * math.log(config.factor) + 1.0
+
+
+def rotary_tables(
+    config: RopeConfig, head_dim: int, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine of every position's angles, two float32 [batch, time, rotated_dim // 2]."""
+    frequencies_R = jnp.asarray(frequencies(config, head_dim), jnp.float32)
+    angles_BTR = positions_BT.astype(jnp.float32)[..., None] * frequencies_R
+    scale = amplitude(config)
+    return jnp.sin(angles_BTR) * scale, jnp.cos(angles_BTR) * scale
+
+
+def apply_rotary(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates x [..., head_dim]; sin and cos [..., rotated_dim // 2] broadcast against it.
+
+    The turn is computed in float32 and returned in the dtype of x.
+    """
+    half = sin.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)

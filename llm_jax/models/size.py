@@ -1,0 +1,47 @@
+"""How large a model is and what a token costs, from its shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import LanguageModel
+from llm_jax.sharding import unbox
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters; makes no array."""
+    # The attention backend has no parameters, and the one named may not exist on this machine.
+    model = LanguageModel(dataclasses.replace(config, attention_backend="einsum"))
+    shapes = unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Floating-point operations of training on one token, in rows of `length` tokens.
+
+    Counted are the matrix products, a multiply-add as two: 2 forward and 4 backward per weight that
+    a token is multiplied with (projections, MLP, output head; not the embedding lookup, norms and
+    biases), and the two products of attention, for which a query meets only the keys that it sees:
+    half of the row on average, or a window's worth. Rematerialisation is not counted, nor that
+    packed documents see less than the row. (PaLM, arXiv:2204.02311, appendix B, with attention
+    halved for causality.)
+    """
+    assert config.vocab_size is not None
+    D, H = config.embed_dim, config.resolved_head_dim
+    heads = config.num_heads * H
+    products = 2 if config.mlp == "gelu" else 3
+    qkv = D * (config.num_heads + 2 * config.kv_heads) * H
+    layer = qkv + heads * D + products * D * config.mlp_dim
+    weights = config.num_layers * layer + D * config.vocab_size
+    seen = sum(_keys_seen(length, config.layer_window(i)) for i in range(config.num_layers))
+    return 6.0 * weights + 3 * 2 * 2 * heads * seen
+
+
+def _keys_seen(length: int, window: int | None) -> float:
+    """Keys that a query of a full row sees on average, its own included."""
+    width = length if window is None else min(window, length)
+    return (width * (width + 1) / 2 + (length - width) * width) / length

@@ -1,0 +1,302 @@
+"""The decoder-only transformer, and `LanguageModel`, the face it shows to everything outside.
+
+Legend: B batch, T time, D embed, V vocabulary, K key/value heads, G query heads per key/value head,
+F = G + 2 heads that one product makes together (queries, key, value), N = K·G query heads,
+H head dimension, R half of the rotated dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.errors import UserError
+from llm_jax.models.attention import attention, choose_backend
+from llm_jax.models.cache import KVCache, LayerCache, write
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.layers import MLP, Norm, Projection, parameter
+from llm_jax.models.rope import apply_rotary, rotary_tables
+from llm_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+RESIDUAL_AXES = ("activation_batch", "activation_time", "activation_embed")
+HEADS_AXES = ("activation_batch", "activation_heads")
+
+
+@flax.struct.dataclass
+class Row:
+    """What all layers share about the rows they see.
+
+    sin, cos: float32 [B, T, R]. query_segment_ids: int32 [B, T]; key_segment_ids: int32 [B, S].
+    lengths: int32 [B], tokens in the cache before these; None without a cache.
+    """
+
+    sin: jax.Array
+    cos: jax.Array
+    query_segment_ids: jax.Array | None
+    key_segment_ids: jax.Array | None
+    lengths: jax.Array | None
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    backend: str
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, row: Row, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        config = self.config
+        D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
+        qkv_BKFTH = Projection(
+            "BTD,DKFH->BKFTH", (D, K, G + 2, H), ("embed", "heads", "fused", "head_dim"),
+            config.dtype, config.attention_bias != "none", name="qkv",
+        )(x_BTD)  # fmt: skip
+        qkv_BKFTH = constrain(qkv_BKFTH, *HEADS_AXES, None, "activation_time", None)
+        q_BKGTH, k_BK1TH = qkv_BKFTH[:, :, :G], qkv_BKFTH[:, :, G : G + 1]
+        v_BKTH = qkv_BKFTH[:, :, G + 1]
+        if config.qk_norm:
+            norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
+            q_BKGTH = norm(name="query_norm")(q_BKGTH)
+            k_BK1TH = norm(name="key_norm")(k_BK1TH)
+        sin, cos = row.sin[:, None, None], row.cos[:, None, None]
+        q_BKGTH = apply_rotary(q_BKGTH, sin, cos)
+        k_BKTH = apply_rotary(k_BK1TH, sin, cos)[:, :, 0]
+
+        backend, places_BT = self.backend, None
+        if cache is not None:
+            assert row.lengths is not None
+            cache = (
+                write(cache[0], k_BKTH, row.lengths, axis=1),
+                write(cache[1], v_BKTH, row.lengths, axis=1),
+            )
+            k_BKTH, v_BKTH = cache
+            # Where a row's queries stand is known at run time only, and the flash kernels compile
+            # their causal mask in.
+            backend = "einsum"
+            places_BT = row.lengths[:, None] + jnp.arange(x_BTD.shape[1])
+        drop = config.attention_dropout > 0 and self.has_rng("dropout")
+        out_BKGTH = attention(
+            q_BKGTH,
+            k_BKTH,
+            v_BKTH,
+            backend=backend,
+            query_segment_ids_BT=row.query_segment_ids,
+            key_segment_ids_BS=row.key_segment_ids,
+            query_places_BT=places_BT,
+            window=self.window,
+            soft_cap=config.attention_soft_cap,
+            dropout=config.attention_dropout,
+            dropout_rng=self.make_rng("dropout") if drop else None,
+        )
+        out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
+        output = Projection(
+            "BNTH,NHD->BTD", (K * G, H, D), ("heads", "head_dim", "embed"), config.dtype,
+            config.attention_bias == "all", _residual_scale(config), name="output",
+        )  # fmt: skip
+        return output(out_BNTH), cache
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    config: ModelConfig
+    backend: str
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, row: Row, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        config = self.config
+        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
+        dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
+        attend = Attention(config, self.backend, self.window, name="attention")
+        added_BTD, cache = attend(norm(name="attention_norm")(x_BTD), row, cache)
+        x_BTD = constrain(x_BTD + dropout(added_BTD), *RESIDUAL_AXES)
+        mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
+                  _residual_scale(config), name="mlp")  # fmt: skip
+        x_BTD = x_BTD + dropout(mlp(norm(name="mlp_norm")(x_BTD)))
+        return constrain(x_BTD, *RESIDUAL_AXES), cache
+
+
+class Group(nn.Module):
+    """One repetition of the attention pattern: the body that `scan_layers` loops over."""
+
+    config: ModelConfig
+    backend: str
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, row: Row, caches: Any) -> tuple[jax.Array, Any]:
+        block = _remat_block(self.config)
+        kept = []
+        for place, window in enumerate(self.config.windows):
+            cache = None if caches is None else caches[place]
+            layer = block(self.config, self.backend, window, name=f"block_{place}")
+            x_BTD, cache = layer(x_BTD, row, cache)
+            kept.append(cache)
+        return x_BTD, None if caches is None else tuple(kept)
+
+
+class Transformer(nn.Module):
+    config: ModelConfig
+    backend: str
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        V, D = config.vocab_size, config.embed_dim
+        assert V is not None
+        init: Any = nn.initializers.normal(0.02)
+        table_VD = parameter(self, "embedding", init, ("vocab", "embed"), (V, D))
+        if not config.tie_embeddings:
+            init = nn.initializers.lecun_normal()
+            parameter(self, "output", init, ("embed", "vocab"), (D, V))
+        row, cache = _row(config, tokens_BT, positions_BT, segment_ids_BT, cache)
+        # The rows of the table are gathered whole in the embed dimension, which the batch's mesh
+        # axis would otherwise cut, but stay split over the vocabulary.
+        table_VD = constrain(table_VD, "vocab", None).astype(config.dtype)
+        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *RESIDUAL_AXES)
+        caches = None if cache is None else cache.layers
+        if config.scan_layers:
+            x_BTD, caches = nn.scan(
+                Group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.num_layers // len(config.windows),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config, self.backend, name="layers")(x_BTD, row, caches)
+        else:
+            kept = []
+            block = _remat_block(config)
+            for i in range(config.num_layers):
+                layer = block(config, self.backend, config.layer_window(i), name=f"layer_{i}")
+                x_BTD, kept_i = layer(x_BTD, row, None if caches is None else caches[i])
+                kept.append(kept_i)
+            caches = tuple(kept)
+        x_BTD = Norm(config.norm, config.norm_epsilon, config.dtype, name="final_norm")(x_BTD)
+        if cache is not None:
+            assert row.query_segment_ids is not None
+            grown = jnp.sum(row.query_segment_ids != 0, axis=1, dtype=jnp.int32)
+            cache = dataclasses.replace(cache, layers=caches, lengths=cache.lengths + grown)
+        return x_BTD, cache
+
+
+class LanguageModel:
+    """The transformer without flax: pure functions of a plain tree of float32 parameters.
+
+    Raises:
+      UserError: no vocabulary size, or an attention backend that cannot do what the config asks.
+    """
+
+    def __init__(self, config: ModelConfig, platform: str | None = None):
+        """`platform` ("cpu", "gpu", "tpu") is what it will run on; None = JAX's default."""
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is not set: give it, or take the tokenizer's.")
+        self.config = config
+        self.backend = choose_backend(config, platform or jax.default_backend())
+        self._module = Transformer(config, self.backend)
+
+    def init(self, rng: jax.Array) -> Any:
+        """Random parameters in `sharding.Named` boxes that hold their logical axes."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self._module.init(rng, tokens, None, None, None)["params"]
+
+    def apply(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm, [batch, time, embed] in the computation dtype.
+
+        Args:
+          tokens: int32 [batch, time], all below the vocabulary size.
+          positions: int32 [batch, time]; None counts on from the cache's lengths, or from 0.
+          segment_ids: int32 [batch, time], 0 for padding; None = one segment a row.
+          rng: switches dropout on.
+          cache: keys and values of earlier tokens, which these follow; see `KVCache`. Prefill and
+            decoding are the same call with many tokens or one.
+        """
+        rngs = None if rng is None else {"dropout": rng}
+        result: Any = self._module.apply(
+            {"params": params}, tokens, positions, segment_ids, cache, rngs=rngs
+        )
+        return result
+
+    def output_kernel(self, params: Any) -> jax.Array:
+        """The output projection, float32 [embed, vocab]."""
+        return params["embedding"].T if self.config.tie_embeddings else params["output"]
+
+    def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""
+        kernel = kernel.astype(self.config.dtype)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [batch, time, vocab] of the hidden states that `apply` returns."""
+        return self.project(hidden, self.output_kernel(params))
+
+
+def _row(
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None,
+    segment_ids_BT: jax.Array | None,
+    cache: KVCache | None,
+) -> tuple[Row, Any]:
+    """The layers' shared inputs, and the cache with the new tokens' segment ids written."""
+    lengths = key_segment_ids_BS = None
+    if cache is not None:
+        lengths = cache.lengths
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        key_segment_ids_BS = write(cache.segment_ids, segment_ids_BT, lengths, axis=0)
+        cache = dataclasses.replace(cache, segment_ids=key_segment_ids_BS)
+    else:
+        key_segment_ids_BS = segment_ids_BT
+    if positions_BT is None:
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        if lengths is not None:
+            positions_BT = positions_BT + lengths[:, None]
+    sin, cos = rotary_tables(config.rope, config.resolved_head_dim, positions_BT)
+    return Row(sin, cos, segment_ids_BT, key_segment_ids_BS, lengths), cache
+
+
+def _residual_scale(config: ModelConfig) -> float:
+    """Keeps the residual stream's variance at init independent of depth (the GPT-2 report)."""
+    return 1 / math.sqrt(2 * config.num_layers)
+
+
+def _remat_block(config: ModelConfig) -> type[Block]:
+    if config.remat == "none":
+        return Block
+    # A scanned body with one block is never merged with its own recomputation, so the barriers
+    # that keep the compiler from doing so are left out there.
+    alone = config.scan_layers and len(config.windows) == 1
+    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not alone)

@@ -1,0 +1,202 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+Legend: B batch, T time, C time positions of a chunk, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.errors import UserError
+from llm_jax.models import LanguageModel
+from llm_jax.sharding import constrain
+from llm_jax.types import Batch, Mean
+
+Sums = dict[str, jax.Array]  # float32 [] each
+Project = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the loss is computed."""
+
+    # Positions of each row whose logits are held at once: [batch, chunk, vocab]. None = all.
+    chunk: int | None = None
+    z_loss: float = 0.0  # weight of logsumexp(logits)², which keeps logits from drifting
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise UserError(
+                f"loss.chunk={self.chunk} must be positive; leave it out for no chunks."
+            )
+        if self.z_loss < 0:
+            raise UserError(f"loss.z_loss={self.z_loss} must not be negative.")
+
+
+def make_objective(
+    model: LanguageModel, config: LossConfig
+) -> Callable[[Any, Batch, jax.Array | None], tuple[Mean, dict[str, Mean]]]:
+    """The pre-training objective, (params, batch, rng) → (loss, metrics).
+
+    loss is −log p(target) plus z_loss · logsumexp², summed with the batch's loss weights, in nats;
+    its count is the sum of the weights. Metrics are "accuracy" (the target has the highest logit)
+    and, with a z-loss, "cross_entropy" and "z_loss", the two parts of the loss. `rng` is dropout's.
+    """
+
+    def objective(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[Mean, dict[str, Mean]]:
+        hidden_BTD, _ = model.apply(
+            params, batch.tokens, batch.positions, batch.segment_ids, rng=rng
+        )
+        weights_BT = batch.loss_weights.astype(jnp.float32)
+        total, sums = _cross_entropy(
+            model.project, config, hidden_BTD, model.output_kernel(params), batch.targets,
+            weights_BT,
+        )  # fmt: skip
+        count = jnp.sum(weights_BT)
+        metrics = {name: Mean(jax.lax.stop_gradient(value), count) for name, value in sums.items()}
+        return Mean(total, count), metrics
+
+    return objective
+
+
+def token_nats(
+    model: LanguageModel, params: Any, batch: Batch, chunk: int | None = None
+) -> jax.Array:
+    """−log p(target) of every position, float32 [batch, time], in nats, whatever its weight.
+
+    Differentiable; the backward pass computes each chunk's logits again. Padding's values mean
+    nothing.
+    """
+    hidden_BTD, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+    kernel_DV = model.output_kernel(params)
+
+    @jax.checkpoint
+    def nats(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden_BCD, targets_BC = operands
+        logits_BCV = model.project(hidden_BCD, kernel_DV)
+        return _log_normaliser(logits_BCV) - _pick(logits_BCV, targets_BC)
+
+    length = hidden_BTD.shape[1]
+    if chunk is None or chunk >= length:
+        return nats((hidden_BTD, batch.targets))
+    chunks = _split(hidden_BTD, chunk), _split(batch.targets, chunk)
+    return _join(jax.lax.map(nats, chunks), length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(
+    project: Project,
+    config: LossConfig,
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[jax.Array, Sums]:
+    """The weighted sum over all tokens, and what the metrics need.
+
+    Its gradient is made on the way forward, chunk by chunk, while the chunk's logits are at
+    hand: they are neither kept nor computed again. No gradient flows to the weights, nor from
+    the metrics' sums.
+    """
+    chunk = functools.partial(_chunk_sums, project, config.z_loss)
+    return _over_chunks(
+        config.chunk, lambda h, t, w: (chunk(h, kernel_DV, t, w), None),
+        hidden_BTD, targets_BT, weights_BT,
+    )[0]  # fmt: skip
+
+
+def _cross_entropy_forward(project, config, hidden_BTD, kernel_DV, targets_BT, weights_BT):
+    chunk = jax.value_and_grad(
+        functools.partial(_chunk_sums, project, config.z_loss), argnums=(0, 1), has_aux=True
+    )
+
+    def sums_and_gradients(h, t, w):
+        value, (hidden_gradient, kernel_gradient) = chunk(h, kernel_DV, t, w)
+        return (value, kernel_gradient), hidden_gradient
+
+    (value, kernel_gradient), hidden_gradient = _over_chunks(
+        config.chunk, sums_and_gradients, hidden_BTD, targets_BT, weights_BT
+    )
+    return value, (hidden_gradient, kernel_gradient)
+
+
+def _cross_entropy_backward(project, config, gradients, cotangents):
+    total = cotangents[0]
+    hidden_gradient, kernel_gradient = (
+        (total * gradient).astype(gradient.dtype) for gradient in gradients
+    )
+    return hidden_gradient, kernel_gradient, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunk_sums(
+    project: Project,
+    z_loss: float,
+    hidden_BCD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BC: jax.Array,
+    weights_BC: jax.Array,
+) -> tuple[jax.Array, Sums]:
+    """Total and metrics' sums of one chunk."""
+    logits_BCV = project(hidden_BCD, kernel_DV)
+    logits_BCV = constrain(logits_BCV, "activation_batch", "activation_time", "activation_vocab")
+    normaliser_BC = _log_normaliser(logits_BCV)
+    picked_BC = _pick(logits_BCV, targets_BC)
+    total = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
+    highest_BC = picked_BC >= jnp.max(logits_BCV, axis=-1)
+    sums = {"accuracy": jnp.sum(weights_BC * highest_BC)}
+    if z_loss:
+        z_total = z_loss * jnp.sum(weights_BC * jnp.square(normaliser_BC))
+        sums |= {"cross_entropy": total, "z_loss": z_total}
+        total = total + z_total
+    return total, sums
+
+
+def _log_normaliser(logits: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+def _pick(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """Each target's logit. A comparison, not a gather: it fuses, and splits over the vocabulary."""
+    vocabulary_V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)
+    return jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0), axis=-1)
+
+
+def _over_chunks(chunk, function, hidden_BTD, targets_BT, weights_BT):
+    """Runs `function` over chunks of time: sums its first result, joins its second."""
+    length = hidden_BTD.shape[1]
+    if chunk is None or chunk >= length:
+        return function(hidden_BTD, targets_BT, weights_BT)
+    chunks = tuple(_split(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+    shapes = jax.eval_shape(function, *(x[0] for x in chunks))[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(sums, operands):
+        added, kept = function(*operands)
+        return jax.tree.map(jnp.add, sums, added), kept
+
+    sums, kept = jax.lax.scan(body, zeros, chunks)
+    return sums, jax.tree.map(lambda x: _join(x, length), kept)
+
+
+def _split(x_BT: jax.Array, chunk: int) -> jax.Array:
+    """[batch, time, ...] → [chunks, batch, chunk, ...], padded with zeros (weight 0)."""
+    batch, time = x_BT.shape[:2]
+    padding = -time % chunk
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]), 1, 0)
+
+
+def _join(x_NBC: jax.Array, time: int) -> jax.Array:
+    """The inverse of `_split`."""
+    chunks, batch, chunk = x_NBC.shape[:3]
+    joined = jnp.moveaxis(x_NBC, 0, 1).reshape(batch, chunks * chunk, *x_NBC.shape[3:])
+    return joined[:, :time]

@@ -1,0 +1,187 @@
+"""Builds what a config names, calls the loop, and keeps the run directory's contract."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm_jax import checkpoint, sharding
+from llm_jax.config import build, digest, flatten, resolved
+from llm_jax.data.store import default_cache_dir
+from llm_jax.errors import UserError, did_you_mean
+from llm_jax.metrics import RunLog
+from llm_jax.train import Outcome, train
+from llm_jax.trainers import TRAINERS
+from llm_jax.trainers.base import RunConfig, Trainer
+
+# What a resumed run may change: none of it decides which batches or updates come next.
+FREE_TO_CHANGE = (
+    "mesh",
+    "step",
+    "checkpoint",
+    "metrics",
+    "evaluation",
+    "sample",
+    "profile",
+    "compilation_cache",
+    "data.cache_dir",
+)
+
+
+def run(config: Any, workdir: str | Path) -> int:
+    """Trains what `config` (an ml_collections ConfigDict) describes in the folder `workdir`.
+
+    Returns:
+      The exit status: 0 finished, 128 + signal number when a signal stopped it.
+
+    Raises:
+      UserError: bad input; nothing that existed is harmed.
+    """
+    stage = TRAINERS.get(config.get("trainer", ""))
+    if stage is None:
+        name = config.get("trainer", None)
+        raise UserError(
+            f"config.trainer={name!r} is no trainer.{did_you_mean(str(name), TRAINERS)}"
+        )
+    run_config = build(stage.config, config)
+    workdir = Path(workdir)
+    if _finished(workdir, run_config):
+        print(f"{workdir} is finished already: nothing to do (see {workdir / 'result.json'}).")
+        return 0
+
+    _use_compilation_cache(run_config.compilation_cache)
+    mesh = sharding.make_mesh(run_config.mesh)
+    log = RunLog(workdir, run_config.metrics, resolved(run_config))
+    with _disk_errors(workdir), jax.set_mesh(mesh), log:
+        trainer = stage.build(run_config, mesh, workdir, log.message)
+        if jax.process_index() == 0:
+            _write_contract(workdir, run_config, trainer)
+        outcome = train(trainer, run_config, mesh, workdir, log)
+        if jax.process_index() == 0:
+            _write_result(workdir, run_config, trainer, outcome)
+        log.message(_farewell(workdir, outcome))
+    return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns a disk that is full or closed to us into one line; checkpoints stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: {error.filename or workdir} could not be written. Free some "
+                f"space and run the same command: it resumes from the last checkpoint."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"--workdir={workdir} cannot be written: {error}.") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    os.chmod(temporary, 0o644)  # mkstemp makes it private, and runs are shared
+    os.replace(temporary, path)
+
+
+def _finished(workdir: Path, config: RunConfig) -> bool:
+    """Whether the run has ended; refuses a folder that belongs to something else."""
+    if not workdir.exists():
+        return False
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: name a folder.")
+    if not (workdir / "config.json").exists():
+        if any(not entry.name.startswith(".") for entry in workdir.iterdir()):
+            raise UserError(
+                f"--workdir={workdir} holds files but no run: name a new or empty folder."
+            )
+        return False
+    if checkpoint.latest_step(workdir) is None:
+        return False  # it ended before its first checkpoint, so nothing binds the config
+    before = _binding(json.loads((workdir / "config.json").read_text()))
+    now = _binding(resolved(config))
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (it is one of {len(changed)} such keys)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{workdir} was made with another config: {key} was {before.get(key)!r} and is "
+            f"{now.get(key)!r} now{more}. Use another --workdir, or the old values to resume."
+        )
+    result = workdir / "result.json"
+    return result.exists() and json.loads(result.read_text())["status"] == "finished"
+
+
+def _binding(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    }
+
+
+def _use_compilation_cache(setting: str | None) -> None:
+    if setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = setting or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    jax.config.update("jax_compilation_cache_dir", folder or str(default_cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    # The config comes first: a folder of other files without one is taken for someone else's.
+    write_json(workdir / "config.json", resolved(config))
+    if checkpoint.latest_step(workdir) is None:  # else the tokenizer was read from there
+        trainer.tokenizer.save(workdir / "tokenizer")
+
+
+def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: Outcome) -> None:
+    measured = {
+        "tokens_per_second": outcome.tokens_per_second,
+        "mfu": outcome.mfu,
+        "skipped_steps": outcome.skipped_steps,
+    }
+    result = {
+        "status": "finished" if outcome.signal is None else "interrupted",
+        "stage": config.trainer,
+        "step": outcome.step,
+        "tokens": outcome.tokens,
+        "seconds": round(outcome.seconds, 3),
+        **{key: value for key, value in measured.items() if value is not None},
+        "metrics": outcome.metrics,
+        "parent": config.init_from,
+        "hashes": {
+            "config": digest(_binding(resolved(config))),
+            "data": trainer.data_fingerprint,
+            "tokenizer": trainer.tokenizer.fingerprint,
+        },
+    }
+    write_json(workdir / "result.json", result)
+
+
+def _farewell(workdir: Path, outcome: Outcome) -> str:
+    minutes, seconds = divmod(round(outcome.seconds), 60)
+    total = f"{outcome.step:,} steps, {outcome.tokens:,} tokens in {minutes} min {seconds} s"
+    if outcome.signal is not None:
+        return f"stopped at {total}; a checkpoint is written: the same command resumes."
+    lines = [f"finished: {total}"]
+    if outcome.sample:
+        lines.append(f"sample: {outcome.sample!r}")
+    lines.append(f"curves:   tensorboard --logdir {workdir}")
+    lines.append(f"generate: python -m tools.generate --workdir={workdir} --prompt='...'")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""A finished or running run, loaded for use: what every tool starts with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax import checkpoint, sharding
+from llm_jax.config import build
+from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from llm_jax.models import LanguageModel, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """model, params and tokenizer of one checkpoint; params lie on `mesh`.
+
+    meta: the checkpoint's own record: model config, stage, trained length, lineage.
+    Computations enter the mesh by `with jax.set_mesh(run.mesh)`.
+    """
+
+    path: Path
+    step: int
+    model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+    mesh: Mesh
+
+
+def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> LoadedRun:
+    """Loads `RUN` at its newest checkpoint, or `RUN@STEP`, onto all devices.
+
+    Args:
+      workdir: the run directory, with an optional step.
+      mesh_config: how the devices divide the parameters; None = each holds all of them.
+
+    Raises:
+      UserError: no run, no such checkpoint, a damaged one, or a mesh that does not fit.
+    """
+    path, step = checkpoint.locate(workdir)
+    meta = checkpoint.read_meta(path, step)
+    model = LanguageModel(build(ModelConfig, meta["model"], "meta.model"))
+    tokenizer = load_tokenizer(path / "tokenizer")
+    mesh = sharding.make_mesh(mesh_config or sharding.MeshConfig())
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        sharding.unbox(boxed),
+        sharding.parameter_shardings(mesh, boxed),
+    )
+    params = checkpoint.read_params(path, step, abstract)
+    return LoadedRun(path, step, model, params, tokenizer, meta, mesh)

@@ -1,0 +1,242 @@
+"""The mesh and the one table of rules from logical axes to mesh axes.
+
+Models name logical axes only; this file holds the only mention of mesh axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis → mesh axes. Parameters first, then activations, which have names of their own
+# because the same dimension is laid out differently in the two.
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "fused": (),  # the small axis of parts that one matrix product makes together: q/k/v, gate/up
+    "norm": (),
+    "activation_batch": ("data", "fsdp"),
+    "activation_time": (),
+    "activation_embed": (),
+    "activation_heads": ("tensor",),
+    "activation_head_dim": (),
+    "activation_mlp": ("tensor",),
+    "activation_vocab": ("tensor",),
+}
+
+# Start-up is refused when more than this share of the parameters has no sharded axis.
+MAX_REPLICATED_SHARE = 0.25
+
+
+@flax.struct.dataclass
+class Named(nn.meta.AxisMetadata):
+    """A parameter in a box that holds the logical name of each of its dimensions.
+
+    flax's own boxes read the names as mesh axes as soon as a mesh is set; here `RULES` stand
+    between the two.
+    """
+
+    value: Any
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, value: Any) -> Named:
+        return dataclasses.replace(self, value=value)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        names = list(self.names)
+        names.insert(index, params[nn.PARTITION_NAME])
+        return dataclasses.replace(self, names=tuple(names))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        return dataclasses.replace(self, names=self.names[:index] + self.names[index + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh with axes `MESH_AXES`.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"config.mesh={sizes}: sizes are positive, and at most one may be -1.")
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise UserError(
+            f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit "
+            f"{len(devices)} devices: make the sizes multiply to {len(devices)}, or set one to -1."
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have the logical names `axes`.
+
+    Raises:
+      ValueError: an unknown logical name, or two dimensions that map to one mesh axis.
+    """
+    entries: list[Any] = []
+    used: set[str] = set()
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r} in {tuple(axes)}")
+        mesh_axes = () if axis is None else RULES[axis]
+        if used & set(mesh_axes):
+            raise ValueError(f"two dimensions of {tuple(axes)} map to mesh axis {mesh_axes}")
+        used |= set(mesh_axes)
+        entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an activation; does nothing where no mesh is set (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a `[batch, ...]` array over the data and fsdp axes."""
+    return NamedSharding(mesh, spec(("activation_batch",)))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many ways the batch dimension is split; every batch must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in RULES["activation_batch"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """NamedShardings of a tree whose leaves are `Named` boxes.
+
+    `boxed` comes from `jax.eval_shape(model.init, ...)`, so no array is made.
+
+    Raises:
+      UserError: a dimension that its mesh axes do not divide, or a large share of the parameters
+        that no axis shards although the mesh has axes for parameters.
+    """
+
+    def sharding(path: Any, box: Any) -> NamedSharding:
+        names, shape = _names_and_shape(box)
+        partition = spec(names)
+        for dimension, (size, entry) in enumerate(zip(shape, partition, strict=True)):
+            mesh_axes = () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
+            ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            if size % ways:
+                raise UserError(
+                    f"parameter {_name(path)} has {size} along {names[dimension]!r}, which mesh "
+                    f"axes {mesh_axes} of {ways} devices do not divide: change config.mesh or "
+                    f"the model's size."
+                )
+        return NamedSharding(mesh, partition)
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_box)
+    _refuse_replication(mesh, boxed, shardings)
+    return shardings
+
+
+def unbox(boxed: Any) -> Any:
+    """The plain tree of arrays (or shapes) inside the boxes."""
+    return nn.meta.unbox(boxed)
+
+
+def tree_shardings(mesh: Mesh, params: Any, param_shardings: Any, tree: Any) -> Any:
+    """Shardings of a tree that holds copies of the parameter tree, such as an optimiser state.
+
+    A leaf that sits at the path suffix of a parameter and has its shape gets that parameter's
+    sharding; every other leaf (counts, factored moments) is replicated.
+    """
+    by_path = {
+        jax.tree_util.keystr(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(param_shardings),
+            strict=True,
+        )
+    }
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            shape, found = by_path.get(jax.tree_util.keystr(path[start:]), (None, None))
+            if found is not None and shape == leaf.shape:
+                return found
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, Named)
+
+
+def _names_and_shape(box: Any) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    if _is_box(box):
+        return box.names, box.value.shape
+    return (None,) * len(box.shape), box.shape
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def _refuse_replication(mesh: Mesh, boxed: Any, shardings: Any) -> None:
+    parameter_axes = {
+        a for name, axes in RULES.items() if not name.startswith("activation") for a in axes
+    }
+    if all(mesh.shape[axis] == 1 for axis in parameter_axes):
+        return  # plain data parallelism replicates by intent
+    sizes: dict[str, tuple[int, bool]] = {}
+    for (path, box), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box),
+        jax.tree.leaves(shardings),
+        strict=True,
+    ):
+        shape = _names_and_shape(box)[1]
+        split = sharding.shard_shape(shape) != shape
+        sizes[_name(path)] = (int(np.prod(shape)), split)
+    total = sum(size for size, _ in sizes.values())
+    whole = {name: size for name, (size, split) in sizes.items() if not split}
+    if sum(whole.values()) > MAX_REPLICATED_SHARE * total:
+        largest = max(whole, key=lambda name: whole[name])
+        raise UserError(
+            f"{sum(whole.values()) / total:.0%} of the parameters would be replicated on mesh "
+            f"{dict(mesh.shape)}, the largest is {largest} with {whole[largest]:,} values: "
+            f"raise config.mesh.fsdp or use a mesh axis that its dimensions carry."
+        )

@@ -1,0 +1,168 @@
+"""One training step: differentiate, accumulate, divide once, clip, update or skip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llm_jax import optim, sharding
+from llm_jax.errors import UserError
+from llm_jax.types import Mean, TrainState
+
+# (params, batch, rng) → (loss, metrics). Pure; the step differentiates `loss.total`.
+Objective = Callable[[Any, Any, jax.Array], tuple[Mean, dict[str, Mean]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a global batch is cut inside the jitted step; the numbers come out the same."""
+
+    # Most tokens that a micro-batch holds on one batch shard. None: everything at once on
+    # accelerators; on CPU a size whose temporaries stay in cache and are not remapped every step.
+    micro_batch_tokens: int | None = None
+
+
+CPU_MICRO_BATCH_TOKENS = 512
+
+
+def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> int:
+    """Into how many micro-batches a `[batch, length]` global batch is cut.
+
+    Raises:
+      UserError: the mesh does not divide the batch.
+    """
+    shards = sharding.batch_shards(mesh)
+    if batch % shards:
+        nearest = max(shards, round(batch / shards) * shards)
+        raise UserError(
+            f"a batch of {batch} sequences is not divided by the mesh's {shards} batch shards "
+            f"(data x fsdp): use a multiple of {shards}, such as {nearest}."
+        )
+    limit = config.micro_batch_tokens
+    if limit is None and mesh.devices.flat[0].platform == "cpu":
+        limit = CPU_MICRO_BATCH_TOKENS
+    if limit is None:
+        return 1
+    rows = batch // shards
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * length <= limit]
+    return fitting[0] if fitting else rows
+
+
+def init_state(
+    init_params: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    mesh: Mesh,
+    param_shardings: Any,
+) -> tuple[TrainState, TrainState]:
+    """The abstract initial state and its shardings; `materialise` makes the arrays.
+
+    Returns:
+      (state of jax.ShapeDtypeStruct with shardings, state of NamedSharding)
+    """
+    abstract = jax.eval_shape(lambda: _initial(init_params, optimizer, seed))
+    shardings = TrainState(
+        step=sharding.replicated(mesh),
+        params=param_shardings,
+        opt_state=sharding.tree_shardings(
+            mesh, abstract.params, param_shardings, abstract.opt_state
+        ),
+        rng=sharding.replicated(mesh),
+    )
+    abstract = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+    return abstract, shardings
+
+
+def materialise(
+    init_params: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    shardings: TrainState,
+) -> TrainState:
+    """The initial state, made directly in its shards."""
+    return jax.jit(lambda: _initial(init_params, optimizer, seed), out_shardings=shardings)()
+
+
+def _initial(init_params: Any, optimizer: Any, seed: int) -> TrainState:
+    init_rng, step_rng = jax.random.split(jax.random.key(seed))
+    params = init_params(init_rng)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=step_rng
+    )
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    micro_batches: int = 1,
+) -> jax.stages.Wrapped:
+    """The jitted `(state, batch, learning_rate) → (state, metrics)`.
+
+    Gradients of `loss.total` are summed over micro-batches and devices and divided once by the
+    global `loss.count`, so accumulation, packing and sharding change nothing but speed. The
+    state's buffers are donated. Metrics are Means and float32 scalars, replicated.
+    """
+
+    def loss_total(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        loss, metrics = objective(params, batch, rng)
+        return loss.total, {"loss": loss, **metrics}
+
+    gradient = jax.value_and_grad(loss_total, has_aux=True)
+
+    def accumulate(params: Any, batch: Any, rng: jax.Array) -> tuple[dict[str, Mean], Any]:
+        if micro_batches == 1:
+            (_, metrics), gradients = gradient(params, batch, rng)
+            return metrics, gradients
+
+        def add(carry: Any, xs: Any) -> tuple[Any, None]:
+            micro_batch, micro_rng = xs
+            (_, metrics), gradients = gradient(params, micro_batch, micro_rng)
+            return jax.tree.map(jnp.add, carry, (metrics, gradients)), None
+
+        parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
+        rngs = jax.random.split(rng, micro_batches)
+        first = (jax.tree.map(lambda x: x[0], parts), rngs[0])
+        shapes = jax.eval_shape(lambda: gradient(params, *first))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
+        (metrics, gradients), _ = jax.lax.scan(add, zeros, (parts, rngs))
+        return metrics, gradients
+
+    def train_step(
+        state: TrainState, batch: Any, learning_rate: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        metrics, gradients = accumulate(state.params, batch, rng)
+        count = metrics["loss"].count
+        gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1), gradients)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, learning_rate=learning_rate
+        )
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(state.step + 1, params, opt_state, state.rng)
+        return state, {**metrics, **optim.read_metrics(opt_state)}
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[batch, ...] → [parts, batch / parts, ...]; every micro-batch takes rows of every shard."""
+    x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    return sharding.constrain(x, None, "activation_batch", *[None] * (x.ndim - 2))

@@ -1,0 +1,24 @@
+"""The stages by name. A trainer wires model, objective, source and evaluations; it never loops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from llm_jax.trainers import pretrain
+from llm_jax.trainers.base import RunConfig, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """config: the stage's fields. build: `(config, mesh, workdir, log) → Trainer`."""
+
+    config: type[RunConfig]
+    build: Callable[..., Trainer]
+
+
+TRAINERS: dict[str, Stage] = {
+    "pretrain": Stage(pretrain.PretrainConfig, pretrain.build),
+}
+
+__all__ = ["TRAINERS", "Stage"]

@@ -1,0 +1,135 @@
+"""What every stage has in common: the fields of its config, and what it hands to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from llm_jax.checkpoint import CheckpointConfig
+from llm_jax.data.phases import Phase, PhaseConfig
+from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.errors import UserError
+from llm_jax.metrics import MetricsConfig
+from llm_jax.optim import OptimizerConfig
+from llm_jax.sharding import MeshConfig
+from llm_jax.step import Objective, StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When the evaluations run and how much they read; every phase ends with one, too."""
+
+    every: int = 200  # steps
+    rows: int = 64  # at most this many validation rows
+    batch: int | None = None  # rows at once; None: as many as a training batch
+    needle: bool = False  # needle retrieval at the phase's length
+    needle_depths: int = 5  # evenly spaced from the start to the end of the context
+    needles_per_depth: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("every", "rows", "needle_depths", "needles_per_depth"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise UserError(f"config.evaluation.{name}={value} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The text sampled at every checkpoint and at the end of the run."""
+
+    prompt: str = ""
+    max_new_tokens: int = 64  # 0: no sample
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps traced by the JAX profiler into RUN/profile; off while `steps` is 0."""
+
+    start: int = 10
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The fields that every stage's config has."""
+
+    trainer: str = "pretrain"
+    seed: int = 0
+    init_from: str | None = None  # DIR or DIR@STEP of an earlier stage: parameters and meta only
+    # Compiled programs are kept here between runs; None: $JAX_COMPILATION_CACHE_DIR or
+    # the cache folder of llm_jax. "off" keeps none.
+    compilation_cache: str | None = None
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    step: StepConfig = StepConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    sample: SampleConfig = SampleConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+
+class Source(Protocol):
+    """Where batches come from. An offline source ignores `params`; an on-policy one samples."""
+
+    def start(self, phase: Phase, first_step: int) -> None:
+        """Turns to the batches of `phase`, whose step 0 is the global step `first_step`."""
+
+    def next(self, params: Any, step: int) -> Any:
+        """The batch of the global step `step`, as global jax.Arrays on the mesh."""
+
+    def progress(self, step: int) -> dict[str, float]:
+        """What to log about how far the source has been read, such as `epoch`."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; what `restore` needs beside the step and the phase."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`run(params)` returns scalars; they are logged as eval/NAME/KEY."""
+
+    name: str
+    run: Callable[[Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a phase decides: everything that depends on its length, RoPE or mixture.
+
+    sample: `(params) → text`, or None. meta: JSON-able, stored with each checkpoint of the phase.
+    facts: lines logged when the phase starts.
+    """
+
+    objective: Objective
+    evaluations: tuple[Evaluation, ...]
+    sample: Callable[[Any], str] | None
+    meta: dict[str, Any]
+    flops_per_token: float
+    facts: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A stage, wired: the loop asks for nothing else.
+
+    init_params: `(rng) → tree of sharding.Named`. load_params: parameters of the stage before in
+    the given shardings, or None for a start from scratch. data_fingerprint: a hash of all
+    documents.
+    """
+
+    phases: tuple[Phase, ...]
+    init_params: Callable[[jax.Array], Any]
+    load_params: Callable[[Any], Any] | None
+    source: Source
+    setting: Callable[[Phase], Setting]
+    tokenizer: Tokenizer
+    data_fingerprint: str

@@ -1,0 +1,107 @@
+"""Fixtures: simulated devices, a compile cache that outlives the session, tiny texts and runs."""
+
+import os
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import config as config_module
+from llm_jax import run, sharding
+from llm_jax.checkpoint import CheckpointConfig
+from llm_jax.data.corpus import DataConfig
+from llm_jax.data.phases import PhaseConfig
+from llm_jax.data.tokenizers import TokenizerConfig
+from llm_jax.metrics import MetricsConfig
+from llm_jax.models.config import ModelConfig
+from llm_jax.optim import OptimizerConfig
+from llm_jax.trainers.base import EvaluationConfig, SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig
+
+DEVICES = 8
+
+# Subprocesses inherit the two variables, so they compile into and out of the same cache.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/llm_jax/compiled-by-tests").expanduser())
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Token stores of this session; the user's own cache is neither read nor filled."""
+    folder = tmp_path_factory.mktemp("cache")
+    with mock.patch.dict(os.environ, LLM_JAX_CACHE=str(folder)):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """About 100 KB of text in 60 documents, in which some words follow others more often."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("<|endoftext|>".join(babble(seed) for seed in range(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_corpus(tmp_path_factory):
+    """A second, smaller corpus, for mixtures."""
+    path = tmp_path_factory.mktemp("corpus") / "other.txt"
+    path.write_text("<|endoftext|>".join(babble(seed, words=100) for seed in range(100, 120)))
+    return path
+
+
+def babble(seed, words=260):
+    """Made-up prose: each word is one of the three that may follow the word before."""
+    random = np.random.default_rng(seed)
+    syllables = ("ka", "lo", "mi", "ne", "ru", "sha", "ti", "vo")
+    vocabulary = [a + b for a in syllables for b in syllables]
+    word, text = 0, []
+    for _ in range(words):
+        word = (5 * word + int(random.integers(3)) + 1) % len(vocabulary)
+        text.append(vocabulary[word])
+    return " ".join(text) + ".\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_config(corpus):
+    """`tiny_config(**sections)`: a PretrainConfig that trains in seconds, as a ConfigDict."""
+
+    def make(**sections):
+        settings = {
+            "model": ModelConfig(
+                embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=128
+            ),
+            "tokenizer": TokenizerConfig(path="bytes"),
+            "data": DataConfig(source=str(corpus), validation_fraction=0.1),
+            "phases": (PhaseConfig(length=32, batch=8, steps=6),),
+            "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+            "evaluation": EvaluationConfig(every=1000, rows=8),
+            "checkpoint": CheckpointConfig(every=2),
+            "metrics": MetricsConfig(every=1, tensorboard=False),
+            "sample": SampleConfig(max_new_tokens=0),
+        }
+        return config_module.defaults(PretrainConfig, **{**settings, **sections})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_on():
+    """`run_on(devices, config, workdir)`: run.run on the first so many of the devices."""
+
+    def start(devices, config, workdir):
+        def make_mesh(mesh_config):
+            return real(mesh_config, jax.devices()[:devices])
+
+        real = sharding.make_mesh
+        with mock.patch.object(sharding, "make_mesh", make_mesh):
+            return run.run(config, workdir)
+
+    return start

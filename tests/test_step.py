@@ -1,0 +1,229 @@
+"""The step: meshes and micro-batches change nothing, against hand-computed and golden values."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import optim, sharding, step
+from llm_jax.errors import UserError
+from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.objectives.lm import LossConfig, make_objective
+from llm_jax.optim import OptimizerConfig
+from llm_jax.sharding import MeshConfig, Named
+from llm_jax.step import StepConfig
+from llm_jax.types import Batch, Mean
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+BATCH, LENGTH, VOCABULARY, STEPS = 16, 12, 64, 5
+
+SHAPE = {
+    "vocab_size": VOCABULARY, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "mlp_dim": 32, "max_length": 32, "qk_norm": True,
+}  # fmt: skip
+MODELS = {
+    "tied": ModelConfig(**SHAPE),
+    "untied_scanned": ModelConfig(**SHAPE, tie_embeddings=False, scan_layers=True),
+}
+MESHES = {
+    "1": MeshConfig(1, 1, 1),
+    "8": MeshConfig(8, 1, 1),
+    "4x2": MeshConfig(4, 2, 1),
+    "2x2x2": MeshConfig(2, 2, 2),
+}
+
+
+def make_mesh(config):
+    return sharding.make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+
+
+def ragged_batch(seed):
+    """Two documents a row, padding behind them, targets that do not count; every fourth row from
+    the second on counts nothing at all."""
+    random = np.random.default_rng(seed)
+    first = random.integers(1, LENGTH // 2, (BATCH, 1))
+    end = random.integers(LENGTH // 2, LENGTH + 1, (BATCH, 1))
+    time = np.arange(LENGTH)
+    segments = np.where(time < first, 1, np.where(time < end, 2, 0))
+    weights = (segments > 0) * (random.random((BATCH, LENGTH)) < 0.7)
+    weights[1::4] = 0
+    return Batch(
+        tokens=random.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32),
+        targets=random.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32),
+        loss_weights=weights.astype(np.float32),
+        segment_ids=segments.astype(np.int32),
+        positions=np.where(time < first, time, np.maximum(time - first, 0)).astype(np.int32),
+    )
+
+
+def five_steps(model_config, mesh_config, micro_batches=1, name="adamw"):
+    """Losses, gradient norms and final parameters on the host."""
+    mesh = make_mesh(mesh_config)
+    model = LanguageModel(model_config)
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    config = OptimizerConfig(name=name, clip_norm=1.0)
+    optimizer = optim.make_optimizer(config, sharding.unbox(boxed))
+
+    def init_params(rng):
+        return sharding.unbox(model.init(rng))
+
+    with jax.set_mesh(mesh):
+        _, shardings = step.init_state(
+            init_params, optimizer, 0, mesh, sharding.parameter_shardings(mesh, boxed)
+        )
+        state = step.materialise(init_params, optimizer, 0, shardings)
+        train_step = step.make_train_step(
+            make_objective(model, LossConfig(chunk=8, z_loss=1e-3)), optimizer,
+            mesh=mesh, shardings=shardings, micro_batches=micro_batches,
+        )  # fmt: skip
+        metrics = []
+        for number in range(STEPS):
+            batch = jax.device_put(ragged_batch(number), sharding.batch_sharding(mesh))
+            state, measured = train_step(state, batch, np.float32(0.01))
+            metrics.append(jax.device_get(measured))
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    losses = [float(m["loss"].total / m["loss"].count) for m in metrics]
+    norms = [float(m["grad_norm"]) for m in metrics]
+    assert [int(m["loss"].count) for m in metrics] == [
+        int(ragged_batch(number).loss_weights.sum()) for number in range(STEPS)
+    ]
+    return losses, norms, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def reference(request):
+    """A model's name and its five steps on one device, in one piece."""
+    return request.param, five_steps(MODELS[request.param], MESHES["1"])
+
+
+def assert_same_steps(steps, expected):
+    np.testing.assert_allclose(steps[0], expected[0], rtol=2e-5)
+    np.testing.assert_allclose(steps[1], expected[1], rtol=1e-4)
+    for leaf, wanted in zip(jax.tree.leaves(steps[2]), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(leaf, wanted, atol=5e-5)
+
+
+def test_five_steps_give_the_golden_losses(reference):
+    name, (losses, norms, _) = reference
+    golden = json.loads(GOLDEN.read_text())[name]
+    np.testing.assert_allclose(losses, golden["loss"], rtol=1e-4)
+    np.testing.assert_allclose(norms, golden["grad_norm"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", ["8", "4x2", "2x2x2"])
+def test_five_steps_are_equal_on_every_mesh(reference, mesh):
+    name, expected = reference
+    assert_same_steps(five_steps(MODELS[name], MESHES[mesh]), expected)
+
+
+@pytest.mark.parametrize("mesh, micro_batches", [("1", 4), ("2x2x2", 2), ("4x2", 2)])
+def test_accumulation_is_the_large_batch(reference, mesh, micro_batches):
+    """With 4 micro-batches on one device the second of them counts nothing at all."""
+    name, expected = reference
+    assert_same_steps(five_steps(MODELS[name], MESHES[mesh], micro_batches), expected)
+
+
+# --- against numbers computed by hand -------------------------------------------------------------
+
+
+def weighted_square(params, batch, rng):
+    """Σ weight · (w − x)², for Points (x, weight)."""
+    values, weights = batch
+    total = jnp.sum(weights * jnp.square(params["w"] - values))
+    return Mean(total, jnp.sum(weights)), {
+        "values": Mean(jnp.sum(values), jnp.float32(values.size))
+    }
+
+
+def some_steps(
+    values, weights, micro_batches=1, objective=weighted_square, mesh=MESHES["1"], steps=1
+):
+    """The last parameter, and the metrics of every step."""
+    mesh = make_mesh(mesh)
+    optimizer = optim.make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=None), {"w": 0.0})
+
+    def init_params(rng):
+        return {"w": jnp.full((1,), 3.0)}
+
+    with jax.set_mesh(mesh):
+        boxed = {"w": Named(jax.ShapeDtypeStruct((1,), jnp.float32), ("norm",))}
+        _, shardings = step.init_state(
+            init_params, optimizer, 0, mesh, sharding.parameter_shardings(mesh, boxed)
+        )
+        state = step.materialise(init_params, optimizer, 0, shardings)
+        train_step = step.make_train_step(
+            objective, optimizer, mesh=mesh, shardings=shardings, micro_batches=micro_batches
+        )
+        batch = tuple(np.float32(x)[:, None] for x in (values, weights))
+        metrics = []
+        for _ in range(steps):
+            state, measured = train_step(state, batch, np.float32(0.1))
+            metrics.append(jax.device_get(measured))
+        assert int(state.step) == steps
+        return jax.device_get(state.params["w"]), metrics
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_the_gradient_is_the_sum_over_all_divided_once_by_the_global_count(micro_batches):
+    values, weights = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 0.0, 1.0, 0.5])
+    w, (metrics,) = some_steps(values, weights, micro_batches)
+    gradient = 2 * np.sum(weights * (3 - values)) / weights.sum()
+    assert metrics["grad_norm"] == pytest.approx(abs(gradient))
+    assert metrics["loss"].count == 2.5
+    assert metrics["loss"].total == pytest.approx(np.sum(weights * (3 - values) ** 2))
+    assert metrics["values"].total == 15 and metrics["values"].count == 4
+    assert w == pytest.approx(3 - 0.1 * np.sign(gradient), rel=1e-5)  # Adam's first step
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_batch_that_counts_nothing_is_a_finite_step(micro_batches):
+    w, (metrics,) = some_steps(np.ones(4), np.zeros(4), micro_batches)
+    assert w == 3 and metrics["grad_norm"] == 0 and metrics["skipped_steps"] == 0
+
+
+def test_every_micro_batch_and_every_step_has_randomness_of_its_own():
+    def noise(params, batch, rng):
+        draw = jax.random.uniform(rng)
+        zero = 0 * jnp.sum(params["w"])
+        return Mean(zero + draw, jnp.float32(1)), {"square": Mean(draw**2, jnp.float32(1))}
+
+    _, metrics = some_steps(np.ones(4), np.ones(4), 2, noise, steps=3)
+    sums = [float(m["loss"].total) for m in metrics]
+    squares = [float(m["square"].total) for m in metrics]
+    assert len(set(sums)) == 3
+    for total, of_squares in zip(sums, squares, strict=True):
+        assert of_squares != pytest.approx(total**2 / 2, rel=1e-4)  # equal if both draws were
+
+
+# --- cutting the batch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh, batch, length, tokens, expected", [
+    ("1", 16, 64, None, 2),  # 512 tokens on a CPU
+    ("1", 16, 64, 1024, 1),
+    ("1", 16, 64, 1, 16),  # a row is never cut
+    ("1", 12, 100, 300, 4),
+    ("1", 7, 100, 300, 7),  # only divisors: 7 rows fit no 3 and 4
+    ("8", 16, 64, 64, 2),  # tokens of one shard
+    ("2x2x2", 16, 64, 64, 4),
+])  # fmt: skip
+def test_micro_batches_are_the_fewest_that_fit(mesh, batch, length, tokens, expected):
+    config = StepConfig(micro_batch_tokens=tokens)
+    assert step.micro_batches(config, batch, length, make_mesh(MESHES[mesh])) == expected
+
+
+@pytest.mark.parametrize("batch, hint", [(12, "such as 16"), (3, "such as 8"), (19, "such as 16")])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, hint):
+    with pytest.raises(UserError, match=rf"a batch of {batch} sequences .* {hint}"):
+        step.micro_batches(StepConfig(), batch, 64, make_mesh(MESHES["4x2"]))
+
+
+if __name__ == "__main__":  # `python -m tests.test_step` writes the golden values anew
+    golden = {}
+    for name, model_config in MODELS.items():
+        losses, norms, _ = five_steps(model_config, MESHES["1"])
+        golden[name] = {"loss": losses, "grad_norm": norms}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")

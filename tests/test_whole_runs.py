@@ -1,0 +1,62 @@
+"""The tiny pre-training run on the embedded corpus, whole: minutes long."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.metrics import read_metrics_file
+from llm_jax.runs import load_run
+
+pytestmark = pytest.mark.slow
+
+COMMAND = [sys.executable, "-m", "llm_jax.main", "--config=configs/pretrain.py:size=tiny"]
+
+
+def train(workdir):
+    return subprocess.run([*COMMAND, f"--workdir={workdir}"], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_the_loss_falls_and_bits_per_byte_are_reported(whole_run):
+    records = read_metrics_file(whole_run / "metrics.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0] - 1.5
+    bits = [r["eval/validation/bits_per_byte"] for r in records if "eval/validation/loss" in r]
+    assert bits == sorted(bits, reverse=True) and bits[-1] < 3.2
+
+
+def test_a_run_killed_at_a_random_step_ends_with_the_same_parameters(whole_run, tmp_path):
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stdout=subprocess.DEVNULL)
+    wanted = int(np.random.default_rng().integers(12, 60))
+    while process.poll() is None:
+        records = (workdir / "metrics.jsonl").exists() and read_metrics_file(
+            workdir / "metrics.jsonl"
+        )
+        if records and records[-1]["step"] >= wanted:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    assert process.wait() == -signal.SIGKILL, f"it ended before step {wanted}"
+    assert train(workdir).returncode == 0
+    whole, resumed = load_run(str(whole_run)), load_run(str(workdir))
+    assert whole.step == resumed.step
+    expected = jax.tree_util.tree_leaves_with_path(whole.params)
+    for (path, leaf), found in zip(expected, jax.tree.leaves(resumed.params), strict=True):
+        message = f"{jax.tree_util.keystr(path)}, killed after step {wanted}"
+        np.testing.assert_array_equal(leaf, found, err_msg=message)
+    results = [json.loads((run / "result.json").read_text()) for run in (whole_run, workdir)]
+    assert results[0]["hashes"] == results[1]["hashes"]

@@ -1,0 +1,68 @@
+"""What every tool's command line has in common: --help, --debug, and one line for bad input."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from llm_jax.errors import UserError
+
+
+def run_tool(
+    main: Callable[[flags.FlagValues], None],
+    values: flags.FlagValues,
+    usage: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the command line into `values`, calls `main(values)` and returns the exit status.
+
+    A tool imports jax inside `main`, so that --help and a mistyped flag need not wait for it.
+
+    Args:
+      main: raises UserError for bad input.
+      values: the tool's flags, not parsed yet; --debug is added here.
+      usage: the tool's docstring, printed by --help above the flags.
+      argv: the program's name and its arguments; None = those of the process.
+
+    Returns:
+      0, or 2 for bad input, which is told in one line on stderr; --debug raises it instead.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding lacks must not lose the rest of the output.
+        sys.stdout.reconfigure(errors="replace")
+    flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=values)
+    given = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
+    if given & {"help", "h"}:
+        print(f"{usage}\n{_describe(values)}")
+        return 0
+    try:
+        _parse(values, argv)
+        main(values)
+    except UserError as error:
+        if given & {"debug", "debug=true"}:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _describe(values: flags.FlagValues) -> str:
+    lines = []
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --name=value.")
