@@ -40,9 +40,9 @@ def get_config():
         tokenizer=TokenizerConfig(vocab_size=1024),
         data=DataConfig(
             needle=NeedleConfig(
-                names=8, answers=16, share=0.95, answer_weight=8.0, text_weight=0.1
+                names=8, answers=16, share=0.95, answer_weight=1.0, text_weight=0.1
             ),
-            weights={MAIN: 0.3, NEEDLE: 0.7},
+            weights={MAIN: 0.5, NEEDLE: 0.5},
         ),
         phases=tuple(
             PhaseConfig(
@@ -50,6 +50,7 @@ def get_config():
                 batch=TOKENS_A_STEP // length,
                 steps=steps,
                 rope_theta=theta,
+                weights={NEEDLE: 1.0} if index == 0 else {MAIN: 0.5, NEEDLE: 0.5},
                 rewarm_steps=20 if index else 0,
                 gate=GateConfig(check_every=100, max_extra_steps=2000),
             )
