@@ -168,11 +168,18 @@ def _einsum(q, k, v, segments, query_places_BT, window, soft_cap, dropout, dropo
         q.shape[3], k.shape[2], segments[0], segments[1], query_places_BT, window
     )
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    highest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(scores_BKGTS - highest_BKGT1)
+    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
     if dropout and dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout, weights_BKGTS.shape)
         weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
-    return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v)
+    # Dividing the sum of values, not the weights: head_dim numbers a query instead of one for each
+    # key, forward and backward.
+    out_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (out_BKGTH / total_BKGT1).astype(q.dtype)
 
 
 def _dot_product_attention(q, k, v, segments, window, implementation):

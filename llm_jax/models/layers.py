@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llm_jax.models.product import product
 from llm_jax.sharding import Named, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -52,36 +53,41 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """One matrix product, `equation` = "input,kernel->output" in einsum letters.
+    """One matrix product, [..., C...] by a kernel [C..., F...].
 
     The kernel starts as a truncated normal of deviation `scale` / sqrt(fan in); the bias as 0.
     """
 
-    equation: str
     shape: tuple[int, ...]  # of the kernel
     axes: tuple[str, ...]  # logical names of the kernel's dimensions
     dtype: str
     use_bias: bool = False
     scale: float = 1.0
+    contracted: int = 1  # leading dimensions of the kernel that the product sums over
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        operands, out_letters = self.equation.split("->")
-        letters = operands.split(",")[1]
-        contracted = [i for i, letter in enumerate(letters) if letter not in out_letters]
-        free = [i for i in range(len(letters)) if i not in contracted]
+        dimensions = range(len(self.shape))
         init = nn.initializers.variance_scaling(
-            self.scale**2, "fan_in", "truncated_normal", in_axis=contracted, out_axis=free
+            self.scale**2,
+            "fan_in",
+            "truncated_normal",
+            in_axis=dimensions[: self.contracted],
+            out_axis=dimensions[self.contracted :],
         )
         kernel = parameter(self, "kernel", init, self.axes, self.shape)
-        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        y = product(x, kernel, self.dtype, self.contracted).astype(self.dtype)
         if self.use_bias:
-            axes = tuple(self.axes[i] for i in free)
-            shape = tuple(self.shape[i] for i in free)
+            axes, shape = self.axes[self.contracted :], self.shape[self.contracted :]
             bias = parameter(self, "bias", nn.initializers.zeros, axes, shape)
-            kept = {letters[i]: self.shape[i] for i in free}
-            y += bias.astype(self.dtype).reshape([kept.get(letter, 1) for letter in out_letters])
+            y += bias.astype(self.dtype)
         return y
+
+
+def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The slices of x along an axis. The gradient is one concatenation, where that of indexing
+    would be a sum of padded slices."""
+    return [part.squeeze(axis) for part in jnp.split(x, x.shape[axis], axis)]
 
 
 class MLP(nn.Module):
@@ -99,15 +105,15 @@ class MLP(nn.Module):
         activation = ACTIVATIONS[self.kind]
         D, M = self.embed_dim, self.mlp_dim
         if self.kind == "gelu":
-            up = Projection("BTD,DM->BTM", (D, M), ("embed", "mlp"), self.dtype, self.use_bias,
+            up = Projection((D, M), ("embed", "mlp"), self.dtype, self.use_bias,
                             name="up")  # fmt: skip
             h_BTM = activation(up(x_BTD))
         else:
-            gate_up = Projection("BTD,DFM->BTFM", (D, 2, M), ("embed", "fused", "mlp"),
+            gate_up = Projection((D, 2, M), ("embed", "fused", "mlp"),
                                  self.dtype, self.use_bias, name="gate_up")  # fmt: skip
-            h_BTFM = gate_up(x_BTD)
-            h_BTM = activation(h_BTFM[..., 0, :]) * h_BTFM[..., 1, :]
+            gate_BTM, up_BTM = unstack(gate_up(x_BTD), axis=-2)
+            h_BTM = activation(gate_BTM) * up_BTM
         h_BTM = constrain(h_BTM, "activation_batch", "activation_time", "activation_mlp")
-        down = Projection("BTM,MD->BTD", (M, D), ("mlp", "embed"), self.dtype, self.use_bias,
+        down = Projection((M, D), ("mlp", "embed"), self.dtype, self.use_bias,
                           self.output_scale, name="down")  # fmt: skip
         return down(h_BTM)

@@ -129,7 +129,10 @@ def apply_rotary(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     The turn is computed in float32 and returned in the dtype of x.
     """
     half = sin.shape[-1]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+    rotated, rest = jnp.split(x, (2 * half,), axis=-1)
+    pairs = rotated.astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
+    # The other half's sine comes with its sign, so that one pass makes both halves in place.
+    signed_sin = jnp.stack([-sin, sin], axis=-2)
+    turned = pairs * cos[..., None, :] + jnp.flip(pairs, axis=-2) * signed_sin
+    turned = turned.reshape(rotated.shape).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

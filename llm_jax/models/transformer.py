@@ -22,6 +22,7 @@ from llm_jax.models.attention import attention, choose_backend
 from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
+from llm_jax.models.product import product, turned
 from llm_jax.models.rope import apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
@@ -60,13 +61,14 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
         D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
-        qkv_BKFTH = Projection(
-            "BTD,DKFH->BKFTH", (D, K, G + 2, H), ("embed", "heads", "fused", "head_dim"),
-            config.dtype, config.attention_bias != "none", name="qkv",
+        qkv_BTKFH = Projection(
+            (D, K, G + 2, H), ("embed", "heads", "fused", "head_dim"), config.dtype,
+            config.attention_bias != "none", name="qkv",
         )(x_BTD)  # fmt: skip
+        qkv_BKFTH = qkv_BTKFH.transpose(0, 2, 3, 1, 4)
         qkv_BKFTH = constrain(qkv_BKFTH, *HEADS_AXES, None, "activation_time", None)
-        q_BKGTH, k_BK1TH = qkv_BKFTH[:, :, :G], qkv_BKFTH[:, :, G : G + 1]
-        v_BKTH = qkv_BKFTH[:, :, G + 1]
+        q_BKGTH, k_BK1TH, v_BK1TH = jnp.split(qkv_BKFTH, (G, G + 1), axis=2)
+        v_BKTH = v_BK1TH[:, :, 0]
         if config.qk_norm:
             norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
             q_BKGTH = norm(name="query_norm")(q_BKGTH)
@@ -103,10 +105,10 @@ class Attention(nn.Module):
         )
         out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
         output = Projection(
-            "BNTH,NHD->BTD", (K * G, H, D), ("heads", "head_dim", "embed"), config.dtype,
-            config.attention_bias == "all", _residual_scale(config), name="output",
+            (K * G, H, D), ("heads", "head_dim", "embed"), config.dtype,
+            config.attention_bias == "all", _residual_scale(config), contracted=2, name="output",
         )  # fmt: skip
-        return output(out_BNTH), cache
+        return output(out_BNTH.swapaxes(1, 2)), cache
 
 
 class Block(nn.Module):
@@ -249,12 +251,11 @@ class LanguageModel:
 
     def output_kernel(self, params: Any) -> jax.Array:
         """The output projection, float32 [embed, vocab]."""
-        return params["embedding"].T if self.config.tie_embeddings else params["output"]
+        return turned(params["embedding"]) if self.config.tie_embeddings else params["output"]
 
     def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""
-        kernel = kernel.astype(self.config.dtype)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = product(hidden, kernel, self.config.dtype)
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -1,0 +1,70 @@
+"""The matrix product of every projection: one form forward, and two that suit it backward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int = 1) -> jax.Array:
+    """The last `contracted` dimensions of x with the first ones of a kernel, float32 [..., F...].
+
+    Operands are rounded to `dtype`, sums and results are float32: forward, and in the gradients.
+
+    Args:
+      x: [..., C...]. kernel: float32 [C..., F...].
+      dtype: of the operands, such as bfloat16.
+    """
+    return _forward(x, kernel, dtype, contracted)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int) -> tuple[jax.Array, Any]:
+    x = x.astype(dtype)
+    y = _dot(x, kernel.astype(dtype), range(x.ndim - contracted, x.ndim), range(contracted))
+    return y, (x, kernel)
+
+
+def _backward(dtype: Any, contracted: int, residuals: Any, g: jax.Array) -> Any:
+    x, kernel = residuals
+    lead = x.ndim - contracted
+    g = g.astype(dtype)
+    dx = _dot(g, kernel.astype(dtype), range(lead, g.ndim), range(contracted, kernel.ndim))
+    x_turned = turned(x, lead)
+    d_kernel = _dot(x_turned, g, range(contracted, x.ndim), range(lead))
+    return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_forward, _backward)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axes: range, b_axes: range) -> jax.Array:
+    dimensions = ((tuple(a_axes), tuple(b_axes)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def turned(x: jax.Array, lead: int = 1) -> jax.Array:
+    """[A..., B...] → [B..., A...] with `lead` dimensions in A; on a CPU in memory too.
+
+    XLA's CPU backend multiplies 16-bit operands as such only if they are contracted along their
+    last and first axes. Left to itself it folds a transposition into the product, and then widens
+    both operands to float32.
+    """
+    order = (*range(lead, x.ndim), *range(lead))
+    rows = Layout(tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: with_layout_constraint(with_layout_constraint(x, rows).transpose(order), rows),
+        default=lambda x: x.transpose(order),
+    )
+
+
+turned.defvjp(
+    lambda x, lead: (turned(x, lead), x.ndim - lead),
+    lambda lead, back, g: (turned(g, back),),
+)
