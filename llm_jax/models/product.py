@@ -56,15 +56,17 @@ def turned(x: jax.Array, lead: int = 1) -> jax.Array:
     both operands to float32.
     """
     order = (*range(lead, x.ndim), *range(lead))
-    rows = Layout(tuple(range(x.ndim)))
+    rows = Layout(tuple(range(x.ndim)))  # on both sides: either neighbour may be the product
     return jax.lax.platform_dependent(
         x,
-        cpu=lambda x: with_layout_constraint(with_layout_constraint(x, rows).transpose(order), rows),
+        cpu=lambda x: with_layout_constraint(
+            with_layout_constraint(x, rows).transpose(order), rows
+        ),
         default=lambda x: x.transpose(order),
     )
 
 
 turned.defvjp(
-    lambda x, lead: (turned(x, lead), x.ndim - lead),
-    lambda lead, back, g: (turned(g, back),),
+    lambda x, lead: (turned(x, lead), None),
+    lambda lead, _, g: (turned(g, g.ndim - lead),),
 )

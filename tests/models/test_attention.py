@@ -101,6 +101,29 @@ def test_output_and_gradient(backend, case):
         np.testing.assert_allclose(gradient, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [None, 40, 200])
+@pytest.mark.parametrize("time", [300, 513])
+def test_rows_long_enough_for_blocks_of_queries(time, window):
+    """The xla backend knows no blocks; neither length is a multiple of its blocks' number."""
+    q, k, v, _ = inputs((1, 1, 2, time, 8))
+    segments = (1 + (np.arange(time) >= 170))[None].astype(np.int32)
+    probe = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def loss(backend):
+        def total(q, k, v):
+            out = run(backend, q, k, v, segments, window)
+            return jnp.sum(out * probe), out
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+
+    (_, out), gradients = loss("einsum")(q, k, v)
+    (_, expected), wanted = loss("xla")(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, segments, window), atol=2e-6)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for gradient, reference in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", ["einsum", "xla", "splash"])
 def test_no_gradient_flows_from_a_query_to_a_later_key_another_segment_or_past_the_window(backend):
     q, k, v, segments = inputs()
