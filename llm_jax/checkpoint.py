@@ -11,7 +11,6 @@ needs and no more:
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
 import shutil
@@ -73,17 +72,16 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        with _disk_errors(self._directory):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    train=ocp.args.StandardSave(_train_item(state, params is not state.params)),
-                    data=ocp.args.JsonSave(data),
-                    meta=ocp.args.JsonSave(meta),
-                ),
-                force=True,
-            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                train=ocp.args.StandardSave(_train_item(state, params is not state.params)),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
 
     def restore(
         self, abstract: TrainState, averaged: bool, warn: Callable[[str], None]
@@ -119,12 +117,10 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the checkpoint being written is complete."""
-        with _disk_errors(self._directory):
-            self._manager.wait_until_finished()
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _disk_errors(self._directory):
-            self._manager.close()
+        self._manager.close()
 
     def _restore(
         self, step: int, abstract: TrainState, averaged: bool
@@ -251,24 +247,3 @@ def _train_item(state: TrainState, with_params: bool) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-class _disk_errors:
-    """Turns a full disk into one line; everything saved before stays as it was."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        chain = error
-        while chain is not None:
-            full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left on device" in str(chain):
-                raise UserError(
-                    f"the disk is full: {self._directory} could not take the checkpoint. Free some "
-                    f"space and run the same command: it resumes from the last one written."
-                ) from error
-            chain = chain.__cause__ or chain.__context__

@@ -1,7 +1,13 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and what becomes one."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class UserError(Exception):
@@ -20,3 +26,28 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     if candidates and len(candidates) <= 24:
         return f" Known: {', '.join(candidates)}."
     return ""
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, mend: str) -> Iterator[None]:
+    """Turns a disk that is full or closed to us into one line that ends with the sentence `mend`.
+
+    Raises:
+      UserError: a write into `folder` failed for such a reason, even if a library raises that
+        as a type of its own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            number = cause.errno if isinstance(cause, OSError) else None
+            if number in _FULL or "No space left on device" in str(cause):
+                what = getattr(cause, "filename", None) or folder
+                raise UserError(f"the disk is full: {what} could not be written. {mend}") from error
+            if number in _CLOSED:
+                raise UserError(f"{folder} cannot be written: {cause}. {mend}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import jax
 from llm_jax import checkpoint, sharding
 from llm_jax.config import build, digest, flatten, resolved
 from llm_jax.data.store import default_cache_dir
-from llm_jax.errors import UserError, did_you_mean
+from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.metrics import RunLog
 from llm_jax.train import Outcome, train
 from llm_jax.trainers import TRAINERS
@@ -33,6 +30,11 @@ FREE_TO_CHANGE = (
     "profile",
     "compilation_cache",
     "data.cache_dir",
+)
+
+
+DISK_MEND = (
+    "Mend that, or name another --workdir; the same command resumes from the last checkpoint."
 )
 
 
@@ -60,7 +62,7 @@ def run(config: Any, workdir: str | Path) -> int:
     _use_compilation_cache(run_config.compilation_cache)
     mesh = sharding.make_mesh(run_config.mesh)
     log = RunLog(workdir, run_config.metrics, resolved(run_config))
-    with _disk_errors(workdir), jax.set_mesh(mesh), log:
+    with disk_errors(workdir, DISK_MEND), jax.set_mesh(mesh), log:
         trainer = stage.build(run_config, mesh, workdir, log.message)
         if jax.process_index() == 0:
             _write_contract(workdir, run_config, trainer)
@@ -69,22 +71,6 @@ def run(config: Any, workdir: str | Path) -> int:
             _write_result(workdir, run_config, trainer, outcome)
         log.message(_farewell(workdir, outcome))
     return 0 if outcome.signal is None else 128 + outcome.signal
-
-
-@contextlib.contextmanager
-def _disk_errors(workdir: Path) -> Iterator[None]:
-    """Turns a disk that is full or closed to us into one line; checkpoints stay as they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full: {error.filename or workdir} could not be written. Free some "
-                f"space and run the same command: it resumes from the last checkpoint."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"--workdir={workdir} cannot be written: {error}.") from error
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

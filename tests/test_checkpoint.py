@@ -15,7 +15,7 @@ import pytest
 
 from llm_jax import checkpoint, optim, sharding, step
 from llm_jax.checkpoint import CheckpointConfig, Checkpointer
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, disk_errors
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig, Named
 
@@ -311,12 +311,14 @@ def test_a_full_disk_is_one_line(tmp_path, error):
     state = fixture.state(2)
     with (
         mock.patch.object(ocp.CheckpointManager, "save", side_effect=error),
-        pytest.raises(UserError, match="the disk is full"),
+        pytest.raises(UserError, match=f"the disk is full: {tmp_path} .* Buy another."),
+        disk_errors(tmp_path, "Buy another."),
     ):
         checkpointer.save(2, state, state.params, CURSOR, META)
     with (
         mock.patch.object(ocp.CheckpointManager, "wait_until_finished", side_effect=error),
         pytest.raises(UserError, match="the disk is full"),
+        disk_errors(tmp_path, "Buy another."),
     ):
         checkpointer.wait()
     checkpointer.close()
@@ -330,6 +332,7 @@ def test_another_error_of_the_writer_stays_what_it_is(tmp_path):
     with (
         mock.patch.object(ocp.CheckpointManager, "save", side_effect=ValueError("a bug")),
         pytest.raises(ValueError, match="a bug"),
+        disk_errors(tmp_path, "Buy another."),
     ):
         checkpointer.save(2, state, state.params, CURSOR, META)
     checkpointer.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -25,10 +24,14 @@ from llm_jax.config import digest
 from llm_jax.data.documents import WHOLE, Document, split_hash
 from llm_jax.data.sources import ReadCounts, SourceConfig, read_documents, source_identity
 from llm_jax.data.tokenizer_base import Tokenizer
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, disk_errors
 
 STORE_VERSION = 1  # part of every cache key: raise it when equal sources give other stores
 SPLITS = ("train", "validation")
+DISK_MEND = (
+    "Mend that, or name another folder for the token cache by data.cache_dir or the environment "
+    "variable LLM_JAX_CACHE."
+)
 
 _TOKENS, _OFFSETS, _META = "tokens.bin", "offsets.bin", "meta.json"
 _BATCH_CHARACTERS = 2 * 1024 * 1024  # tokenised at a time
@@ -135,7 +138,7 @@ def build_stores(
     cached = _opened(final)
     if cached is not None:
         return cached
-    with _explained(parent):
+    with disk_errors(parent, DISK_MEND):
         parent.mkdir(parents=True, exist_ok=True)
         temporary = parent / f"{key}.{uuid.uuid4().hex}.partial"
         temporary.mkdir()
@@ -296,17 +299,3 @@ def _mapped(path: Path, dtype: str, count: int) -> np.ndarray:
     if path.stat().st_size != size:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {size} are wanted")
     return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray)
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turns a failure to write the cache into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = "the disk is full" if is_full else f"it cannot be written ({error})"
-        raise UserError(
-            f"token cache {folder}: {problem}; free space there, or name another folder by "
-            f"data.cache_dir or the environment variable LLM_JAX_CACHE."
-        ) from error
