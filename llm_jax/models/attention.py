@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError, did_you_mean
+from llm_jax.models.product import batched_product
 from llm_jax.sharding import spec
 
 if TYPE_CHECKING:
@@ -193,8 +194,10 @@ def _query_blocks(time: int) -> int:
 
 def _attend(q, k, v, mask_BTS, soft_cap, dropout, dropout_rng):
     """Softmax attention over keys of which a mask says who sees them."""
-    scale = q.shape[-1] ** -0.5
-    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q * scale, k, preferred_element_type=jnp.float32)
+    batch, kv_heads, group, time, head_dim = q.shape
+    q_BKNH = (q * head_dim**-0.5).reshape(batch, kv_heads, group * time, head_dim)
+    scores_BKNS = batched_product(q_BKNH, k, True)
+    scores_BKGTS = scores_BKNS.reshape(batch, kv_heads, group, time, -1)
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
@@ -206,9 +209,8 @@ def _attend(q, k, v, mask_BTS, soft_cap, dropout, dropout_rng):
         weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
     # Dividing the sum of values, not the weights: head_dim numbers a query instead of one for each
     # key, forward and backward.
-    out_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    weights_BKNS = weights_BKGTS.astype(v.dtype).reshape(scores_BKNS.shape)
+    out_BKGTH = batched_product(weights_BKNS, v).reshape(q.shape)
     return (out_BKGTH / total_BKGT1).astype(q.dtype)
 
 

@@ -42,20 +42,54 @@ def _backward(dtype: Any, contracted: int, residuals: Any, g: jax.Array) -> Any:
 product.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def batched_product(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """Matrices [..., M, C] by [..., C, N], or by [..., N, C] if transposed: float32 [..., M, N].
+
+    Gradients come from operands of the same dtype as a and b, summed in float32.
+    """
+    return _batched_dot(a, b, transposed)
+
+
+def _batched_backward(transposed: bool, residuals: Any, g: jax.Array) -> Any:
+    a, b = residuals
+    g = g.astype(a.dtype)
+    da = _batched_dot(g, b, not transposed)
+    # Each of the two is [..., rows of b, M] by [..., M, columns of b].
+    db = (
+        _batched_dot(turned(g, g.ndim - 1, g.ndim - 2), a)
+        if transposed
+        else _batched_dot(turned(a, a.ndim - 1, a.ndim - 2), g)
+    )
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+batched_product.defvjp(
+    lambda a, b, transposed: (_batched_dot(a, b, transposed), (a, b)), _batched_backward
+)
+
+
+def _batched_dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    batch = tuple(range(a.ndim - 2))
+    dimensions = (((a.ndim - 1,), (b.ndim - 1 if transposed else b.ndim - 2,)), (batch, batch))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
 def _dot(a: jax.Array, b: jax.Array, a_axes: range, b_axes: range) -> jax.Array:
     dimensions = ((tuple(a_axes), tuple(b_axes)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def turned(x: jax.Array, lead: int = 1) -> jax.Array:
-    """[A..., B...] → [B..., A...] with `lead` dimensions in A; on a CPU in memory too.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def turned(x: jax.Array, lead: int = 1, batch: int = 0) -> jax.Array:
+    """[N..., A..., B...] → [N..., B..., A...], N the first `batch` dimensions and A those up to
+    `lead`; on a CPU in memory too.
 
     XLA's CPU backend multiplies 16-bit operands as such only if they are contracted along their
     last and first axes. Left to itself it folds a transposition into the product, and then widens
     both operands to float32.
     """
-    order = (*range(lead, x.ndim), *range(lead))
+    order = (*range(batch), *range(lead, x.ndim), *range(batch, lead))
     rows = Layout(tuple(range(x.ndim)))  # on both sides: either neighbour may be the product
     return jax.lax.platform_dependent(
         x,
@@ -67,6 +101,6 @@ def turned(x: jax.Array, lead: int = 1) -> jax.Array:
 
 
 turned.defvjp(
-    lambda x, lead: (turned(x, lead), None),
-    lambda lead, _, g: (turned(g, g.ndim - lead),),
+    lambda x, lead, batch: (turned(x, lead, batch), None),
+    lambda lead, batch, _, g: (turned(g, g.ndim - lead + batch, batch),),
 )
