@@ -65,9 +65,10 @@ class Attention(nn.Module):
             (D, K, G + 2, H), ("embed", "heads", "fused", "head_dim"), config.dtype,
             config.attention_bias != "none", name="qkv",
         )(x_BTD)  # fmt: skip
-        qkv_BKFTH = qkv_BTKFH.transpose(0, 2, 3, 1, 4)
-        qkv_BKFTH = constrain(qkv_BKFTH, *HEADS_AXES, None, "activation_time", None)
-        q_BKGTH, k_BK1TH, v_BK1TH = jnp.split(qkv_BKFTH, (G, G + 1), axis=2)
+        q_BKGTH, k_BK1TH, v_BK1TH = (
+            constrain(part.transpose(0, 2, 3, 1, 4), *HEADS_AXES, None, "activation_time", None)
+            for part in jnp.split(qkv_BTKFH, (G, G + 1), axis=3)
+        )
         v_BKTH = v_BK1TH[:, :, 0]
         if config.qk_norm:
             norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
