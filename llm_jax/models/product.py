@@ -1,4 +1,4 @@
-"""The matrix product of every projection: one form forward, and two that suit it backward."""
+"""Matrix products of the model: rounded operands, float32 sums, forward and backward."""
 
 from __future__ import annotations
 
@@ -55,12 +55,8 @@ def _batched_backward(transposed: bool, residuals: Any, g: jax.Array) -> Any:
     a, b = residuals
     g = g.astype(a.dtype)
     da = _batched_dot(g, b, not transposed)
-    # Each of the two is [..., rows of b, M] by [..., M, columns of b].
-    db = (
-        _batched_dot(turned(g, g.ndim - 1, g.ndim - 2), a)
-        if transposed
-        else _batched_dot(turned(a, a.ndim - 1, a.ndim - 2), g)
-    )
+    first, last = (g, a) if transposed else (a, g)
+    db = _batched_dot(turned(first, lead=first.ndim - 1, batch=first.ndim - 2), last)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 

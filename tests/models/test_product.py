@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.models.product import product, turned
+from llm_jax.models.product import batched_product, product, turned
 
 SHAPES = {
     "plain": ((2, 5, 6), (6, 4), 1),
@@ -67,10 +67,32 @@ def test_bfloat16_operands_are_summed_in_float32():
     assert np.all(d_kernel == 300)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_batched_value_and_gradients(transposed, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    a, b, probe = (rng.normal(size=s) for s in ((2, 3, 4, 5), (2, 3, 5, 6), (2, 3, 4, 6)))
+    wanted = a @ b, probe @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ probe
+    if transposed:
+        b, wanted = b.swapaxes(-1, -2), (*wanted[:2], wanted[2].swapaxes(-1, -2))
+
+    def total(a, b):
+        y = batched_product(a, b, transposed)
+        return jnp.sum(y * probe.astype(np.float32)), y
+
+    with jax.default_matmul_precision("highest"):
+        both = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+        (_, y), gradients = both(a.astype(dtype), b.astype(dtype))
+    assert y.dtype == np.float32
+    for actual, expected in zip((y, *gradients), wanted, strict=True):
+        np.testing.assert_allclose(actual.astype(np.float32), expected, atol=tolerance)
+
+
 def test_turned_and_back():
     x = jnp.arange(24.0).reshape(2, 3, 4)
     np.testing.assert_array_equal(jax.jit(turned)(x), np.moveaxis(x, 0, -1))
     np.testing.assert_array_equal(turned(turned(x, 2), 1), x)
+    np.testing.assert_array_equal(turned(x, 2, 1), np.swapaxes(x, 1, 2))
     probe = jnp.arange(24.0, 48.0).reshape(4, 2, 3)
     gradient = jax.grad(lambda x: jnp.sum(turned(x, 2) * probe))(x)
     np.testing.assert_array_equal(gradient, np.moveaxis(probe, 0, -1))
