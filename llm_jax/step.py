@@ -28,7 +28,7 @@ class StepConfig:
     micro_batch_tokens: int | None = None
 
 
-CPU_MICRO_BATCH_TOKENS = 1024
+CPU_MICRO_BATCH_TOKENS = 512
 
 
 def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> int:
