@@ -47,7 +47,7 @@ def get_config():
             needle=NeedleConfig(
                 names=8, answers=16, share=0.95, answer_weight=1.0, text_weight=0.1
             ),
-            weights={MAIN: 0.5, NEEDLE: 0.5},
+            weights={NEEDLE: 1.0},
         ),
         phases=tuple(
             PhaseConfig(
@@ -55,7 +55,7 @@ def get_config():
                 batch=TOKENS_A_STEP // length,
                 steps=steps,
                 rope_theta=theta,
-                weights={NEEDLE: 1.0} if index == 0 else {MAIN: 0.5, NEEDLE: 0.5},
+                weights={MAIN: 0.5, NEEDLE: 0.5} if index else {},
                 rewarm_steps=20 if index else 0,
                 gate=GateConfig(check_every=100, max_extra_steps=2000),
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
 class UserError(Exception):
@@ -33,8 +33,8 @@ def disk_errors(folder: Path, mend: str) -> Iterator[None]:
     """Turns a disk that is full or closed to us into one line that ends with the sentence `mend`.
 
     Raises:
-      UserError: a write into `folder` failed for such a reason, even if a library raises that
-        as a type of its own.
+      UserError: a write into `folder` failed for such a reason; a full disk is also known by the
+        errors that libraries make of it.
     """
     try:
         yield
@@ -47,7 +47,8 @@ def disk_errors(folder: Path, mend: str) -> Iterator[None]:
             if number in _FULL or "No space left on device" in str(cause):
                 what = getattr(cause, "filename", None) or folder
                 raise UserError(f"the disk is full: {what} could not be written. {mend}") from error
-            if number in _CLOSED:
-                raise UserError(f"{folder} cannot be written: {cause}. {mend}") from error
             cause = cause.__cause__ or cause.__context__
+        # The error itself only: one that was caught on the way says nothing of this folder.
+        if isinstance(error, OSError) and error.errno in _CLOSED:
+            raise UserError(f"{folder} cannot be written: {error}. {mend}") from error
         raise

@@ -169,7 +169,7 @@ def _einsum(q, k, v, segments, query_places_BT, window, soft_cap, dropout, dropo
     outputs = []
     for block in range(blocks):
         begin, end = block * time // blocks, (block + 1) * time // blocks
-        first = 0 if window is None or blocks == 1 else max(0, begin - window + 1)
+        first = 0 if window is None else max(0, begin - window + 1)
         last = end if blocks > 1 else k.shape[2]
         mask_BTS = attention_mask(
             query_places_BT[:, begin:end],
