@@ -30,6 +30,28 @@ class Batch:
 
 
 @flax.struct.dataclass
+class PreferenceBatch:
+    """Rows of K responses to one prompt; each response stands in a sequence of its own.
+
+    responses: a Batch of [batch, K, time]; loss_weights are 1 where the target is a token of the
+      response (its end of turn included). A slot without a response is padding throughout.
+    scores: float32 [batch, K], the higher the better; only their order counts. Pairs hold the
+      chosen response first, with scores 1 and 0.
+    margins: float32 [batch], by how much the better response should win; 0 where nothing says.
+    reference_logprobs: float32 [batch, K], log-probabilities of the responses under the reference
+      model, summed over their tokens; None where the objective has no use for them.
+
+    Rows of an unpaired batch hold an answer (K = 0) with the score 1 or 0, and the same prompt with
+    the answer to another one (K = 1), from which KTO estimates a divergence.
+    """
+
+    responses: Batch
+    scores: Array
+    margins: Array
+    reference_logprobs: Array | None
+
+
+@flax.struct.dataclass
 class Mean:
     """A mean that is not divided yet, so that sums over micro-batches and devices stay exact.
 
