@@ -21,6 +21,7 @@ setup(
         "tensorboard>=2.21",
         "tokenizers>=0.22",
         "rich>=14",
+        "jinja2>=3.1.6",
         "numpy>=2.0",
     ],
     extras_require={

@@ -17,8 +17,8 @@ from llm_jax.data.phases import GateConfig, PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.trainers.base import EvaluationConfig, SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig
+from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 TOKENS_A_STEP = 4096
 # (length, planned steps, RoPE base)
@@ -64,6 +64,6 @@ def get_config():
         optimizer=OptimizerConfig(
             name="muon", learning_rate=3e-3, warmup_steps=50, schedule="constant"
         ),
-        evaluation=EvaluationConfig(every=100, rows=64, needles_per_depth=16),
+        evaluation=PretrainEvaluationConfig(every=100, rows=64, needles_per_depth=16),
         sample=SampleConfig(prompt="def "),
     )

@@ -23,8 +23,8 @@ from llm_jax.models.size import parameter_count
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig
-from llm_jax.trainers.base import EvaluationConfig, SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig
+from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
 
@@ -66,7 +66,7 @@ def _tiny():
             PhaseConfig(length=128, batch=8, steps=60, rope_theta=40_000.0),
         ),
         optimizer=OptimizerConfig(learning_rate=8e-3, warmup_steps=20),
-        evaluation=EvaluationConfig(every=100, rows=32),
+        evaluation=PretrainEvaluationConfig(every=100, rows=32),
         checkpoint=CheckpointConfig(every=20),
         sample=SampleConfig(prompt="def ", max_new_tokens=32),
     )
@@ -89,6 +89,6 @@ def _preset(model):
         ),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000, schedule="wsd"),
         mesh=MeshConfig(data=1, fsdp=-1),
-        evaluation=EvaluationConfig(every=1000, rows=1024),
+        evaluation=PretrainEvaluationConfig(every=1000, rows=1024),
         checkpoint=CheckpointConfig(every=1000),
     )

@@ -26,7 +26,7 @@ OptimizerName = Literal["adamw", "lion", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 
 # Parameters with these names set a level or a gain; pulling them to zero is not regularisation.
-UNDECAYED = ("scale", "bias")
+UNDECAYED = ("scale", "bias", "magnitude")
 
 # The running mean of gradient norms is a plain mean of the first hundred accepted steps and an
 # exponential one after that.

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from llm_jax import checkpoint, sharding
+from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, flatten, resolved
-from llm_jax.data.store import default_cache_dir
 from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.metrics import RunLog
 from llm_jax.train import Outcome, train
@@ -59,7 +59,7 @@ def run(config: Any, workdir: str | Path) -> int:
         print(f"{workdir} is finished already: nothing to do (see {workdir / 'result.json'}).")
         return 0
 
-    _use_compilation_cache(run_config.compilation_cache)
+    use_compilation_cache(run_config.compilation_cache)
     mesh = sharding.make_mesh(run_config.mesh)
     log = RunLog(workdir, run_config.metrics, resolved(run_config))
     with disk_errors(workdir, DISK_MEND), jax.set_mesh(mesh), log:
@@ -119,15 +119,6 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _use_compilation_cache(setting: str | None) -> None:
-    if setting == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    folder = setting or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    jax.config.update("jax_compilation_cache_dir", folder or str(default_cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     # The config comes first: a folder of other files without one is taken for someone else's.
@@ -151,6 +142,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
         **{key: value for key, value in measured.items() if value is not None},
         "metrics": outcome.metrics,
         "parent": config.init_from,
+        "lineage": list(trainer.lineage),
         "hashes": {
             "config": digest(_binding(resolved(config))),
             "data": trainer.data_fingerprint,

@@ -6,20 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from llm_jax import checkpoint, sharding
-from llm_jax.config import build
 from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models import LanguageModel
+from llm_jax.weights import read_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
     """model, params and tokenizer of one checkpoint; params lie on `mesh`.
 
-    meta: the checkpoint's own record: model config, stage, trained length, lineage.
+    params: with the heads that `meta["heads"]` names, and with adapters beside their kernels.
+    meta: the checkpoint's own record: model config, stage, trained length, lineage, template.
     Computations enter the mesh by `with jax.set_mesh(run.mesh)`.
     """
 
@@ -44,14 +44,7 @@ def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> Lo
     """
     path, step = checkpoint.locate(workdir)
     meta = checkpoint.read_meta(path, step)
-    model = LanguageModel(build(ModelConfig, meta["model"], "meta.model"))
     tokenizer = load_tokenizer(path / "tokenizer")
     mesh = sharding.make_mesh(mesh_config or sharding.MeshConfig())
-    boxed = jax.eval_shape(model.init, jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        sharding.unbox(boxed),
-        sharding.parameter_shardings(mesh, boxed),
-    )
-    params = checkpoint.read_params(path, step, abstract)
-    return LoadedRun(path, step, model, params, tokenizer, meta, mesh)
+    config, params = read_weights(path, step, mesh)
+    return LoadedRun(path, step, LanguageModel(config), params, tokenizer, meta, mesh)

@@ -31,6 +31,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "fused": (),  # the small axis of parts that one matrix product makes together: q/k/v, gate/up
     "norm": (),
+    "rank": (),  # the narrow middle of adapters
+    "head_output": (),  # of a reward or value head
     "activation_batch": ("data", "fsdp"),
     "activation_time": (),
     "activation_embed": (),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llm_jax import optim, sharding
 from llm_jax.errors import UserError
-from llm_jax.types import Mean, TrainState
+from llm_jax.types import Mean, TrainState, join
 
 # (params, batch, rng) → (loss, metrics). Pure; the step differentiates `loss.total`.
 Objective = Callable[[Any, Any, jax.Array], tuple[Mean, dict[str, Mean]]]
@@ -113,29 +113,32 @@ def make_train_step(
 
     Gradients of `loss.total` are summed over micro-batches and devices and divided once by the
     global `loss.count`, so accumulation, packing and sharding change nothing but speed. The
-    state's buffers are donated. Metrics are Means and float32 scalars, replicated.
+    objective sees the state's frozen parameters joined to the trained ones; only these have
+    gradients. The state's buffers are donated. Metrics are Means and float32 scalars, replicated.
     """
 
-    def loss_total(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        loss, metrics = objective(params, batch, rng)
+    def loss_total(params: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        loss, metrics = objective(join(params, frozen), batch, rng)
         return loss.total, {"loss": loss, **metrics}
 
     gradient = jax.value_and_grad(loss_total, has_aux=True)
 
-    def accumulate(params: Any, batch: Any, rng: jax.Array) -> tuple[dict[str, Mean], Any]:
+    def accumulate(
+        params: Any, frozen: Any, batch: Any, rng: jax.Array
+    ) -> tuple[dict[str, Mean], Any]:
         if micro_batches == 1:
-            (_, metrics), gradients = gradient(params, batch, rng)
+            (_, metrics), gradients = gradient(params, frozen, batch, rng)
             return metrics, gradients
 
         def add(carry: Any, xs: Any) -> tuple[Any, None]:
             micro_batch, micro_rng = xs
-            (_, metrics), gradients = gradient(params, micro_batch, micro_rng)
+            (_, metrics), gradients = gradient(params, frozen, micro_batch, micro_rng)
             return jax.tree.map(jnp.add, carry, (metrics, gradients)), None
 
         parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
         rngs = jax.random.split(rng, micro_batches)
         first = (jax.tree.map(lambda x: x[0], parts), rngs[0])
-        shapes = jax.eval_shape(lambda: gradient(params, *first))
+        shapes = jax.eval_shape(lambda: gradient(params, frozen, *first))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
         (metrics, gradients), _ = jax.lax.scan(add, zeros, (parts, rngs))
         return metrics, gradients
@@ -144,14 +147,14 @@ def make_train_step(
         state: TrainState, batch: Any, learning_rate: Any
     ) -> tuple[TrainState, dict[str, Any]]:
         rng = jax.random.fold_in(state.rng, state.step)
-        metrics, gradients = accumulate(state.params, batch, rng)
+        metrics, gradients = accumulate(state.params, state.frozen, batch, rng)
         count = metrics["loss"].count
         gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1), gradients)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, learning_rate=learning_rate
         )
         params = optax.apply_updates(state.params, updates)
-        state = TrainState(state.step + 1, params, opt_state, state.rng)
+        state = TrainState(state.step + 1, params, opt_state, state.rng, state.frozen)
         return state, {**metrics, **optim.read_metrics(opt_state)}
 
     return jax.jit(

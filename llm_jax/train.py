@@ -26,7 +26,7 @@ from llm_jax.data.phases import Clock, Phase, judge
 from llm_jax.metrics import RunLog
 from llm_jax.throughput import Throughput, peak_flops
 from llm_jax.trainers.base import ProfileConfig, RunConfig, Setting, Trainer
-from llm_jax.types import Mean, TrainState
+from llm_jax.types import Mean, TrainState, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Loop:
             self.latest = cursor["metrics"]
             self.log.resume(int(state.step), cursor["sums"])
             self.log.message(f"resumed at step {int(state.step)}")
-            return state
+            return self._with_frozen(state)
         self.log.resume(0)
         state = step_module.materialise(
             init_params, self.optimizer, self.config.seed, self.shardings
@@ -108,9 +108,15 @@ class _Loop:
         # 2. the parameters of an earlier stage
         if self.trainer.load_params is not None:
             params = self.trainer.load_params(abstract.params)
-            return TrainState(state.step, params, self._init_opt_state(params), state.rng)
+            state = TrainState(state.step, params, self._init_opt_state(params), state.rng)
         # 3. scratch
-        return state
+        return self._with_frozen(state)
+
+    def _with_frozen(self, state: TrainState) -> TrainState:
+        frozen = self.trainer.frozen
+        where = jax.tree.map(lambda x: x.sharding, frozen)
+        self.shardings = dataclasses.replace(self.shardings, frozen=where)
+        return dataclasses.replace(state, frozen=frozen)
 
     def _init_opt_state(self, params: Any) -> Any:
         return jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(params)
@@ -153,6 +159,8 @@ class _Loop:
         end = self.clock.phase_end(self.phases)
         if self.step >= end:
             return
+        if self.step == 0 and self.config.evaluation.at_start:
+            self._evaluate(setting)
         self.trainer.source.start(phase, self.clock.start)
         self.log.start_phase(phase.index, phase.length, self.clock.last_step(self.phases))
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
@@ -205,9 +213,7 @@ class _Loop:
 
     def _compile(self, phase: Phase, setting: Setting, batch: Any) -> Any:
         """Compiles the step ahead of its first call, so that its time stands apart in the log."""
-        micro_batches = step_module.micro_batches(
-            self.config.step, phase.batch, phase.length, self.mesh
-        )
+        micro_batches = setting.micro_batches
         train_step = step_module.make_train_step(
             setting.objective,
             self.optimizer,
@@ -282,12 +288,16 @@ class _Loop:
             "metrics": self.latest,
             "sums": self.log.sums(),
         }
-        self.checkpointer.save(self.step, self.state, self._product(), cursor, setting.meta)
+        self.checkpointer.save(self.step, self.state, self._trained(), cursor, setting.meta)
 
-    def _product(self) -> Any:
-        """The parameters that evaluations and later stages use: the average where one is kept."""
+    def _trained(self) -> Any:
+        """The trained parameters that later stages use: the average where one is kept."""
         average = optim.ema_params(self.state.opt_state)
         return self.state.params if average is None else average
+
+    def _product(self) -> Any:
+        """All parameters, as evaluations see them."""
+        return join(self._trained(), self.state.frozen)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

@@ -71,9 +71,23 @@ class Mean:
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 []; params: dict of float arrays; opt_state: optax state; rng: typed PRNG key."""
+    """What a step turns into the next.
+
+    step: int32 []. params: dict of float arrays, which are trained. opt_state: optax state.
+    rng: typed PRNG key. frozen: dict of the arrays that the model needs beside `params` and that
+    never change (the base of adapters); None where everything is trained.
+    """
 
     step: Array
     params: Any
     opt_state: Any
     rng: Array
+    frozen: Any = None
+
+
+def join(params: Any, frozen: Any) -> Any:
+    """The whole parameter tree: nested dicts `params` and `frozen`, which share no leaf, as one."""
+    if frozen is None:
+        return params
+    both = params.keys() & frozen.keys()
+    return {**frozen, **params, **{key: join(params[key], frozen[key]) for key in both}}

@@ -17,8 +17,8 @@ from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.trainers.base import EvaluationConfig, SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig
+from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 DEVICES = 8
 
@@ -82,7 +82,7 @@ def tiny_config(corpus):
             "data": DataConfig(source=str(corpus), validation_fraction=0.1),
             "phases": (PhaseConfig(length=32, batch=8, steps=6),),
             "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-            "evaluation": EvaluationConfig(every=1000, rows=8),
+            "evaluation": PretrainEvaluationConfig(every=1000, rows=8),
             "checkpoint": CheckpointConfig(every=2),
             "metrics": MetricsConfig(every=1, tensorboard=False),
             "sample": SampleConfig(max_new_tokens=0),

@@ -2,37 +2,45 @@
 
     python -m tools.generate --workdir=RUN[@STEP] --prompt=TEXT [--temperature=0.8 --top_p=0.95 ...]
 
-Prints the prompt with its continuation on stdout, and nothing else there; notes go to stderr.
+Prints the prompt with its continuation on stdout, and nothing else there; notes go to stderr. A
+single continuation appears as it comes. With --chat the prompt is what a user says to a fine-tuned
+model, and the answer alone is printed.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from llm_jax.errors import UserError
 from tools.cli import run_tool
+from tools.sampling import (
+    check_text,
+    define_sampling_flags,
+    make_sampler,
+    quiet_pipe,
+    run_template,
+)
+
+if TYPE_CHECKING:
+    from llm_jax.runs import LoadedRun
 
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "run directory; RUN@STEP for an older checkpoint", flag_values=values
-    )
+    define_sampling_flags(values)
     flags.DEFINE_string(
         "prompt", "", "text to continue; empty = the start of a document", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "chat", False, "the prompt is a user's turn; print the answer alone", flag_values=values
+    )
     flags.DEFINE_integer("max_new_tokens", 128, "tokens to add at most", flag_values=values)
-    # None leaves the sampler's own default standing.
-    flags.DEFINE_float(
-        "temperature", None, "logits are divided by it; 0 = greedy; absent = 1", flag_values=values
+    flags.DEFINE_multi_string(
+        "stop", [], "end before this text; may be given several times", flag_values=values
     )
-    flags.DEFINE_integer("top_k", None, "keep the k most probable tokens", flag_values=values)
-    flags.DEFINE_float(
-        "top_p", None, "keep the fewest tokens of this total probability", flag_values=values
-    )
-    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "continuations to make", flag_values=values)
     return values
 
@@ -41,28 +49,34 @@ def main(values: flags.FlagValues) -> None:
     _check(values)
     import jax
 
-    from llm_jax.generation.generate import sample_texts
-    from llm_jax.generation.sampler import SamplerConfig
+    from llm_jax.compilation import use_compilation_cache
+    from llm_jax.generation.generate import generate_texts, stream
     from llm_jax.runs import load_run
 
-    given = {name: values[name].value for name in ("temperature", "top_k", "top_p")}
-    sampler = SamplerConfig(**{name: value for name, value in given.items() if value is not None})
+    sampler = make_sampler(values)
+    use_compilation_cache()
     run = load_run(values.workdir)
+    prompt, stop_ids = _prompt(run, values)
     print(f"{run.path}, checkpoint {run.step}", file=sys.stderr)
-    with jax.set_mesh(run.mesh):
-        texts = sample_texts(
-            run.model,
-            run.params,
-            run.tokenizer,
-            [values.prompt] * values.num_samples,
-            max_new_tokens=values.max_new_tokens,
-            sampler=sampler,
-            seed=values.seed,
-        )
-    for number, text in enumerate(texts, start=1):
-        if len(texts) > 1:
+    settings = {
+        "max_new_tokens": values.max_new_tokens,
+        "sampler": sampler,
+        "rng": jax.random.key(values.seed),
+        "stop_ids": stop_ids,
+        "stop_strings": values.stop,
+        "echo": not values.chat,
+    }
+    with jax.set_mesh(run.mesh), quiet_pipe():
+        if values.num_samples == 1:
+            for piece in stream(run.model, run.params, run.tokenizer, prompt, **settings):
+                print(piece, end="", flush=True)
+            print()
+            return
+        prompts = [prompt] * values.num_samples
+        texts = generate_texts(run.model, run.params, run.tokenizer, prompts, **settings)
+        for number, text in enumerate(texts, start=1):
             print(f"sample {number} of {len(texts)}:", file=sys.stderr, flush=True)
-        print(text, flush=True)
+            print(text, flush=True)
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -71,10 +85,21 @@ def _check(values: flags.FlagValues) -> None:
         raise UserError("--workdir is required, for example --workdir=runs/pretrain.")
     if values.num_samples < 1:
         raise UserError(f"--num_samples={values.num_samples} must be at least 1.")
-    try:
-        values.prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"--prompt is not UTF-8: {error.reason} at {error.start}.") from error
+    if values.chat and not values.prompt.strip():
+        raise UserError("--chat needs a --prompt: what the user says.")
+    check_text("prompt", values.prompt)
+
+
+def _prompt(run: LoadedRun, values: flags.FlagValues) -> tuple[list[int], tuple[int, ...]]:
+    """The tokens to continue, and those that end the continuation."""
+    from llm_jax.data.examples import Message
+    from llm_jax.generation.generate import document_prompt, document_stop_ids
+
+    if not values.chat:
+        return document_prompt(run.tokenizer, values.prompt), document_stop_ids(run.tokenizer)
+    template = run_template(run)
+    tokens = template.render_prompt([Message("user", values.prompt)], (), run.tokenizer)
+    return tokens, template.stop_ids(run.tokenizer)
 
 
 if __name__ == "__main__":

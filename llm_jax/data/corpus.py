@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from llm_jax.config import digest
 from llm_jax.data.documents import is_validation
 from llm_jax.data.needle import NeedleConfig, NeedleRows
-from llm_jax.data.packing import Packing, Rows, pack
+from llm_jax.data.packing import DocumentRows, Packing, Rows, pack
 from llm_jax.data.sources import SourceConfig, read_documents
-from llm_jax.data.store import TokenStore, build_stores
+from llm_jax.data.store import TokenStore, build_text_stores
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import UserError
 
@@ -42,6 +42,8 @@ class DataConfig(SourceConfig):
 class Corpus:
     """The token stores of a data config."""
 
+    main = MAIN
+
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seed: int):
         """Tokenises what is not in the cache yet.
 
@@ -58,7 +60,7 @@ class Corpus:
                 )
             sources[component.name] = component
         self.stores: dict[str, dict[str, TokenStore]] = {
-            name: build_stores(
+            name: build_text_stores(
                 _source(source),
                 tokenizer,
                 validation_fraction=config.validation_fraction,
@@ -104,12 +106,17 @@ class Corpus:
             )
         return rows
 
-    def validation_rows(self, length: int) -> dict[str, Rows]:
+    def validation_rows(self, length: int) -> dict[str, DocumentRows]:
         """Validation rows by component; generated ones have none."""
         return {
             name: pack(splits["validation"], length, self._config.packing)
             for name, splits in self.stores.items()
         }
+
+    def facts(self, length: int) -> tuple[str, ...]:
+        """What rows of a length leave out: nothing."""
+        del length
+        return ()
 
     def describe(self) -> str:
         """One line: what was read, and what was not."""

@@ -80,6 +80,21 @@ def split_text(example: Example) -> str:
     return "\n".join(message.content for message in messages)
 
 
+def as_conversation(example: Example) -> Conversation | None:
+    """The dialogue to imitate: of a comparison the best answer; None where that is not good.
+
+    It falls on the same side of the validation split as the example.
+    """
+    if isinstance(example, Conversation):
+        return example
+    best = max(range(len(example.scores)), key=example.scores.__getitem__)
+    if len(example.scores) == 1 and example.scores[0] != 1:
+        return None
+    return Conversation(
+        example.prompt + example.responses[best], example.tools, example.where, split_text(example)
+    )
+
+
 def check_messages(messages: tuple[Message, ...]) -> None:
     """Checks the order of the turns of a dialogue.
 

@@ -11,13 +11,14 @@ import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from llm_jax.data.packing import Rows
 from llm_jax.errors import UserError, did_you_mean
-from llm_jax.types import Batch
 
 
 def batches(
@@ -44,7 +45,8 @@ def batches(
       process_count: must divide `batch_size`.
 
     Returns:
-      A MapDataset of Batch: numpy arrays [batch_size / process_count, T].
+      A MapDataset of what the rows are, such as Batch: numpy arrays
+      [batch_size / process_count, ...].
 
     Raises:
       UserError: a weight that is negative, not finite or names no component; no positive weight; a
@@ -63,7 +65,7 @@ def batches(
     )
     local = batch_size // process_count
 
-    def local_batch(step: int) -> Batch:
+    def local_batch(step: int) -> Any:
         first = step * batch_size + process_index * local
         return stack([mixed[first + i] for i in range(local)])
 
@@ -72,7 +74,7 @@ def batches(
 
 def prefetch(
     dataset: grain.MapDataset, start_step: int, *, threads: int = 2, buffer: int = 4
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Yields elements `start_step`, `start_step + 1`, ... of a dataset, read ahead in threads.
 
     Threads and not worker processes: rows are gathered by numpy, which releases the interpreter
@@ -125,10 +127,9 @@ def normalised_weights(
     return {name: weight / total for name, weight in positive.items()}
 
 
-def stack(rows: list[Batch]) -> Batch:
-    """Rows of arrays [T] as one Batch of arrays [rows, T]."""
-    names = Batch.__dataclass_fields__
-    return Batch(**{name: np.stack([getattr(row, name) for row in rows]) for name in names})
+def stack(rows: list[Any]) -> Any:
+    """Rows, structs of arrays [...], as one struct of arrays [rows, ...]."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
 def _shuffled(name: str, rows: Rows, seed: int) -> grain.MapDataset:
@@ -141,7 +142,7 @@ def _shuffled(name: str, rows: Rows, seed: int) -> grain.MapDataset:
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, key, epoch]).permutation(size)
 
-    def row(index: int) -> Batch:
+    def row(index: int) -> Any:
         epoch, index_in_epoch = divmod(index, size)
         return rows[int(order(epoch)[index_in_epoch])]
 

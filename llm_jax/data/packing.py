@@ -2,13 +2,17 @@
 
 A document of n tokens is n - 1 (input, target) pairs. A row is a list of pieces
 (document, start, length) laid end to end, so every position that is not padding has a real target
-and no pair of a document is ever dropped. The packers differ only in how they choose the pieces.
+and no pair of a text is ever dropped. The packers differ only in how they choose the pieces.
+
+Examples (documents of a store that says which tokens are trained on) are never cut: one longer
+than a row is clipped or left out as the config says, and both are counted.
 """
 
 from __future__ import annotations
 
 import abc
 import bisect
+import dataclasses
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,40 +20,96 @@ import numpy as np
 from llm_jax.errors import UserError
 from llm_jax.types import Batch
 
-Packing = Literal["concatenate", "best_fit"]
+Packing = Literal["concatenate", "best_fit", "single"]
+TooLong = Literal["truncate_right", "truncate_left", "drop"]
 
 
 class Rows(Protocol):
-    """Random access to packed rows of one length; T is that length."""
+    """Random access to rows, which are structs of numpy arrays of the same shapes in all rows.
+
+    length: tokens in each of a row's sequences.
+    """
 
     length: int
 
     def __len__(self) -> int:
         """Rows in one epoch."""
 
-    def __getitem__(self, index: int) -> Batch:
-        """Row `index` as numpy arrays [T]; see `llm_jax.types.Batch` for the dtypes."""
+    def __getitem__(self, index: int) -> Any:
+        """Row `index`, without the batch axis."""
+
+
+class DocumentRows(Rows, Protocol):
+    """Packed rows of documents, each a `llm_jax.types.Batch` of arrays [T], T the length."""
 
     def documents(self, index: int) -> np.ndarray:
         """int64 [T]: the document that each position of the row comes from, -1 for padding."""
 
 
-def pack(store: Any, length: int, packing: Packing) -> PackedRows:
+def pack(
+    store: Any, length: int, packing: Packing, too_long: TooLong = "truncate_right"
+) -> PackedRows:
     """The rows of a token store.
 
     Args:
       store: a TokenStore: `tokens`, one flat integer array, and `offsets`, int64 [documents + 1].
       length: pairs in a row.
       packing: "concatenate" lays all documents end to end and cuts every `length` pairs;
-        "best_fit" cuts only documents longer than a row.
+        "best_fit" cuts only documents longer than a row; "single" gives every document a row of
+        its own. Examples cannot be concatenated.
+      too_long: what happens to examples longer than a row: their end is cut off, their beginning,
+        or they are left out.
 
     Raises:
-      UserError: the length is not positive, the name is unknown, or the store has no pairs.
+      UserError: the length is not positive, the name is unknown or does not fit the store, or
+        nothing is left to pack.
     """
-    packers = {"concatenate": ConcatenatedRows, "best_fit": BestFitRows}
+    packers: dict[str, type[PackedRows]] = {
+        "concatenate": ConcatenatedRows,
+        "best_fit": BestFitRows,
+        "single": SingleRows,
+    }
     if packing not in packers:
         raise UserError(f"packing={packing!r} is not one of {', '.join(packers)}.")
-    return packers[packing](store, length)
+    if packing == "concatenate" and store.trained is not None:
+        raise UserError("packing='concatenate' would cut examples: use best_fit or single.")
+    return packers[packing](store, length, too_long)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """Which tokens of each document are used.
+
+    begins, ends: int64 [documents]; begin = end for a document that is left out. too_long: how many
+    were longer than `limit`. untrained: how many are left out since nothing of them is trained on.
+    """
+
+    begins: np.ndarray
+    ends: np.ndarray
+    too_long: int = 0
+    untrained: int = 0
+
+
+def clip(store: Any, limit: int, too_long: TooLong) -> Clipped:
+    """At most `limit` tokens of every example of a store; texts are used whole."""
+    offsets = np.asarray(store.offsets, np.int64)
+    begins, ends = offsets[:-1], offsets[1:]
+    if store.trained is None:
+        return Clipped(begins, ends)
+    is_long = ends - begins > limit
+    if too_long == "truncate_right":
+        ends = np.where(is_long, begins + limit, ends)
+    elif too_long == "truncate_left":
+        begins = np.where(is_long, ends - limit, begins)
+    else:
+        ends = np.where(is_long, begins, ends)
+    # The first token has nothing before it that could predict it.
+    counts = np.concatenate([[0], np.cumsum(store.trained, dtype=np.int64)])
+    is_trained = counts[ends] > counts[np.minimum(begins + 1, ends)]
+    is_empty = ~is_trained & (ends > begins)
+    return Clipped(
+        begins, np.where(is_trained, ends, begins), int(is_long.sum()), int(is_empty.sum())
+    )
 
 
 class PackedRows(abc.ABC):
@@ -58,19 +118,27 @@ class PackedRows(abc.ABC):
     Attributes:
       length: pairs in a row.
       cut_documents: documents whose pairs lie in more than one row.
+      clipped: what became of examples that are too long.
     """
 
     cut_documents: int
 
-    def __init__(self, store: Any, length: int):
+    def __init__(self, store: Any, length: int, too_long: TooLong = "truncate_right"):
         if length < 1:
             raise UserError(f"a row of length {length} holds nothing: make the length positive.")
         self.length = length
-        self._tokens = store.tokens
-        self._offsets = np.asarray(store.offsets, np.int64)
-        self._pairs = np.maximum(np.diff(self._offsets) - 1, 0)
+        self._tokens, self._trained = store.tokens, store.trained
+        self.clipped = clip(store, length + 1, too_long)
+        self._pairs = np.maximum(self.clipped.ends - self.clipped.begins - 1, 0)
         if not self._pairs.sum():
-            raise UserError("the token store holds no text to pack: check the data source.")
+            raise UserError(
+                f"nothing is left to train on in rows of length {length}: check the data source"
+                + (
+                    f" ({self.clipped.too_long} examples are too long)."
+                    if self.clipped.too_long
+                    else "."
+                )
+            )
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -87,11 +155,12 @@ class PackedRows(abc.ABC):
     def __getitem__(self, index: int) -> Batch:
         documents, starts, lengths = self.pieces(index)
         positions = _ramps(lengths)
-        source = np.repeat(self._offsets[documents] + starts, lengths) + positions
+        source = np.repeat(self.clipped.begins[documents] + starts, lengths) + positions
+        weights = np.ones(len(source)) if self._trained is None else self._trained[source + 1]
         return Batch(
             tokens=self._pad(self._tokens[source], np.int32),
             targets=self._pad(self._tokens[source + 1], np.int32),
-            loss_weights=self._pad(np.ones(len(source)), np.float32),
+            loss_weights=self._pad(weights, np.float32),
             segment_ids=self._pad(np.repeat(np.arange(len(lengths)) + 1, lengths), np.int32),
             positions=self._pad(positions, np.int32),
         )
@@ -112,8 +181,8 @@ class ConcatenatedRows(PackedRows):
     Nothing but the last row has padding; a document is cut wherever a row ends.
     """
 
-    def __init__(self, store: Any, length: int):
-        super().__init__(store, length)
+    def __init__(self, store: Any, length: int, too_long: TooLong = "truncate_right"):
+        super().__init__(store, length, too_long)
         self._ends = np.cumsum(self._pairs)
         first_row = (self._ends - self._pairs) // length
         last_row = (self._ends - 1) // length
@@ -142,8 +211,8 @@ class BestFitRows(PackedRows):
     Full rows come first, then packed rows, those with the longest pieces first.
     """
 
-    def __init__(self, store: Any, length: int):
-        super().__init__(store, length)
+    def __init__(self, store: Any, length: int, too_long: TooLong = "truncate_right"):
+        super().__init__(store, length, too_long)
         self.cut_documents = int(np.sum(self._pairs > length))
         full, remainder = np.divmod(self._pairs, length)
         full_documents = np.repeat(np.arange(len(full)), full)
@@ -165,6 +234,25 @@ class BestFitRows(PackedRows):
         index = _checked(index, len(self))
         row = slice(self._row_offsets[index], self._row_offsets[index + 1])
         return self._documents[row], self._starts[row], self._lengths[row]
+
+
+class SingleRows(PackedRows):
+    """One document a row, what does not fit as with best-fit packing; short ones waste the rest."""
+
+    def __init__(self, store: Any, length: int, too_long: TooLong = "truncate_right"):
+        super().__init__(store, length, too_long)
+        self.cut_documents = int(np.sum(self._pairs > length))
+        rows = -(-self._pairs // length)
+        self._documents = np.repeat(np.arange(len(rows)), rows)
+        self._starts = _ramps(rows) * length
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def pieces(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        row = slice(_checked(index, len(self)), index + 1)
+        documents, starts = self._documents[row], self._starts[row]
+        return documents, starts, np.minimum(self.length, self._pairs[documents] - starts)
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:

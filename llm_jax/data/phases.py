@@ -51,7 +51,11 @@ class PhaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A resolved phase. learning_rates: float32 [steps], one for each planned step."""
+    """A resolved phase.
+
+    learning_rates: float32 [steps], one for each planned step. sequences: how many sequences of
+    `length` tokens a row of the batch holds: 1, or the responses of a comparison.
+    """
 
     index: int
     length: int
@@ -61,6 +65,7 @@ class Phase:
     weights: dict[str, float]
     gate: GateConfig | None
     learning_rates: np.ndarray
+    sequences: int = 1
 
     def learning_rate(self, step: int) -> np.float32:
         """The rate of the phase's step `step`; steps beyond the plan keep the last rate."""
@@ -68,7 +73,7 @@ class Phase:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.length * self.batch
+        return self.length * self.sequences * self.batch
 
 
 def plan(
@@ -76,6 +81,7 @@ def plan(
     optimizer: OptimizerConfig,
     rope: RopeConfig,
     weights: Mapping[str, float],
+    sequences: int = 1,
 ) -> tuple[Phase, ...]:
     """Resolves the phases: whole steps, RoPE, inherited mixture weights and learning rates.
 
@@ -86,7 +92,7 @@ def plan(
     """
     if not configs:
         raise UserError("config.phases is empty: give at least one phase.")
-    steps = [_steps(config, index) for index, config in enumerate(configs)]
+    steps = [_steps(config, index, sequences) for index, config in enumerate(configs)]
     rates = np.split(schedules.learning_rates(optimizer, sum(steps)), np.cumsum(steps)[:-1])
     phases = []
     for index, config in enumerate(configs):
@@ -107,12 +113,13 @@ def plan(
                 weights=dict(weights),
                 gate=config.gate,
                 learning_rates=schedules.rewarm(rates[index], config.rewarm_steps),
+                sequences=sequences,
             )
         )
     return tuple(phases)
 
 
-def _steps(config: PhaseConfig, index: int) -> int:
+def _steps(config: PhaseConfig, index: int, sequences: int) -> int:
     where = f"config.phases[{index}]"
     for name in ("length", "batch"):
         if getattr(config, name) < 1:
@@ -122,7 +129,7 @@ def _steps(config: PhaseConfig, index: int) -> int:
     if config.steps is not None:
         steps = config.steps
     else:
-        steps = -(-(config.tokens or 0) // (config.length * config.batch))
+        steps = -(-(config.tokens or 0) // (config.length * sequences * config.batch))
     if steps < 1:
         raise UserError(f"{where} has {steps} steps: it needs at least 1.")
     if not 0 <= config.rewarm_steps <= steps:

@@ -1,4 +1,4 @@
-"""One reader a file format: each streams the documents and the malformed rows of one file."""
+"""One reader a file format: each streams the records and the malformed rows of one file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,27 @@ _ROWS = 256  # rows read at a time
 
 
 @dataclasses.dataclass(frozen=True)
+class Record:
+    """A row. fields: its values by name. where: file:line or file:row."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Malformed:
-    """A row that holds no text. where: file:line or file:row. why: a clause without full stop."""
+    """A row of no use. where: file:line or file:row. why: a clause without full stop."""
 
     where: str
     why: str
 
 
-Row = Document | Malformed
+Row = Record | Malformed
+
+# A reader takes the file and the one field that is wanted; None wants all of them. What has no
+# fields, such as plain text, comes as the wanted field, or as TEXT.
+Reader = Callable[[Path, str | None], Iterator[Row]]
+TEXT = "text"
 
 
 def format_of(path: Path) -> str | None:
@@ -51,12 +64,11 @@ def format_of(path: Path) -> str | None:
     return next((f for f, ends in EXTENSIONS.items() if name.endswith(ends)), None)
 
 
-def read_text(path: Path, text_field: str) -> Iterator[Row]:
+def read_text(path: Path, field: str | None) -> Iterator[Row]:
     """Plain UTF-8 text: split at SEPARATOR where the file holds one, else `cut_text`.
 
     Text that is not UTF-8 ends the file with one malformed row.
     """
-    del text_field  # plain text has no fields
     with _opening(path) as stream:
         is_separated = _contains(stream, SEPARATOR.encode())
     with _opening(path) as stream:
@@ -64,30 +76,27 @@ def read_text(path: Path, text_field: str) -> Iterator[Row]:
             pieces = _decoded(stream)
             texts = _split(pieces) if is_separated else cut_text(pieces)
             for index, text in enumerate(texts):
-                yield Document(text, f"{path}#{index}" if index else str(path))
+                yield Record({field or TEXT: text}, f"{path}#{index}" if index else str(path))
         except _NotUtf8 as error:
             yield Malformed(f"{path}:{error.line}", f"byte {error.byte} is not UTF-8")
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[Row]:
+def read_jsonl(path: Path, field: str | None) -> Iterator[Row]:
     """JSON objects, one a line; blank lines are ignored.
 
     A .json file may be one array of objects instead, which is read into memory as a whole.
     """
+    del field  # a line is parsed as a whole anyway
     with _opening(path) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1 and line.lstrip().startswith(b"[") and ".json" in path.suffixes:
-                yield from _json_array(line + stream.read(), path, text_field)
+                yield from _json_array(line + stream.read(), path)
             elif line.strip():
-                where = f"{path}:{number}"
-                try:
-                    yield row_document(json.loads(line.decode("utf-8-sig")), text_field, where)
-                except (ValueError, RecursionError) as error:
-                    yield Malformed(where, f"the line is not JSON ({error})")
+                yield _json_record(line, "line", f"{path}:{number}")
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[Row]:
-    """The column `text_field` of a Parquet file."""
+def read_parquet(path: Path, field: str | None) -> Iterator[Row]:
+    """The rows of a Parquet file, of which only the columns that are wanted are read."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -96,16 +105,16 @@ def read_parquet(path: Path, text_field: str) -> Iterator[Row]:
     with _reading(path, pyarrow.ArrowException):
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if text_field not in names:
-            raise UserError(f"{path}: {_no_field(text_field, names)}.")
+        if field is not None and field not in names:
+            raise UserError(f"{path}: {no_field(field, names)}.")
         number = 0
-        for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[field] if field else None):
+            for fields in batch.to_pylist():
                 number += 1
-                yield row_document({text_field: text}, text_field, f"{path}:{number}")
+                yield Record(fields, f"{path}:{number}")
 
 
-def read_array_record(path: Path, text_field: str) -> Iterator[Row]:
+def read_array_record(path: Path, field: str | None) -> Iterator[Row]:
     """Records that are UTF-8 texts, or JSON objects where the file's first record is one."""
     try:
         from array_record.python import array_record_module
@@ -118,11 +127,15 @@ def read_array_record(path: Path, text_field: str) -> Iterator[Row]:
         for start in range(0, count, _ROWS):
             records = reader.read(list(range(start, min(start + _ROWS, count))))
             for number, record in enumerate(records, start=start + 1):
-                yield _record_document(record, is_json, text_field, f"{path}:{number}")
+                where = f"{path}:{number}"
+                if is_json:
+                    yield _json_record(record, "record", where)
+                else:
+                    yield Record({field or TEXT: record}, where)
         reader.close()
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+READERS: dict[str, Reader] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
@@ -130,39 +143,62 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 }
 
 
-def row_document(row: Any, text_field: str, where: str) -> Row:
+def row_document(fields: dict[str, Any], text_field: str, where: str) -> Document | Malformed:
     """The document of a row of fields, or why there is none."""
-    if not isinstance(row, dict):
-        return Malformed(where, f"the row is {type(row).__name__}, an object with fields is wanted")
-    if text_field not in row:
-        return Malformed(where, _no_field(text_field, row))
-    text = row[text_field]
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Malformed(where, f"{text_field!r} is not UTF-8 text ({error})")
-    if not isinstance(text, str):
-        return Malformed(where, f"{text_field!r} is {type(text).__name__}, a string is wanted")
+    if text_field not in fields:
+        return Malformed(where, no_field(text_field, fields))
     try:
-        text.encode("utf-8")
+        return Document(unicode_text(fields[text_field], text_field), where)
+    except ValueError as error:
+        return Malformed(where, str(error))
+
+
+def unicode_text(value: Any, field: str) -> str:
+    """The text that a field holds as a string, or as the bytes of UTF-8.
+
+    Raises:
+      ValueError: why the value is no text, a clause without full stop.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{field!r} is not UTF-8 text ({error})") from None
+    if not isinstance(value, str):
+        raise ValueError(f"{field!r} is {type(value).__name__}, a string is wanted")
+    try:
+        value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
-        return Malformed(where, f"{text_field!r} is not Unicode text ({error})")
-    return Document(text, where)
+        raise ValueError(f"{field!r} is not Unicode text ({error})") from None
+    return value
 
 
-def _no_field(text_field: str, fields: Iterable[str]) -> str:
-    return f"the row has no field {text_field!r}, it has {', '.join(map(repr, fields)) or 'none'}"
+def no_field(field: str, fields: Iterable[str]) -> str:
+    """Why a row without the field is of no use, a clause without full stop."""
+    return f"the row has no field {field!r}, it has {', '.join(map(repr, fields)) or 'none'}"
 
 
-def _json_array(content: bytes, path: Path, text_field: str) -> Iterator[Row]:
+def _json_array(content: bytes, path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         yield Malformed(str(path), f"the file is not JSON ({error})")
         return
     for number, row in enumerate(rows, start=1):
-        yield row_document(row, text_field, f"{path}:row {number}")
+        yield _record(row, f"{path}:row {number}")
+
+
+def _json_record(content: bytes, what: str, where: str) -> Row:
+    try:
+        return _record(json.loads(content.decode("utf-8-sig")), where)
+    except (ValueError, RecursionError) as error:
+        return Malformed(where, f"the {what} is not JSON ({error})")
+
+
+def _record(row: Any, where: str) -> Row:
+    if isinstance(row, dict):
+        return Record(row, where)
+    return Malformed(where, f"the row is {type(row).__name__}, an object with fields is wanted")
 
 
 def _is_json_object(record: bytes) -> bool:
@@ -170,15 +206,6 @@ def _is_json_object(record: bytes) -> bool:
         return isinstance(json.loads(record), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _record_document(record: bytes, is_json: bool, text_field: str, where: str) -> Row:
-    if not is_json:
-        return row_document({"record": record}, "record", where)
-    try:
-        return row_document(json.loads(record), text_field, where)
-    except (ValueError, RecursionError) as error:
-        return Malformed(where, f"the record is not JSON ({error})")
 
 
 @contextlib.contextmanager

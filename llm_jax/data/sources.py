@@ -10,13 +10,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_jax.data.documents import Document
-from llm_jax.data.readers import EXTENSIONS, READERS, Malformed, Row, format_of, row_document
+from llm_jax.data.readers import (
+    EXTENSIONS,
+    READERS,
+    TEXT,
+    Malformed,
+    Record,
+    Row,
+    format_of,
+    row_document,
+)
 from llm_jax.data.stdlib import stdlib_documents, stdlib_identity
 from llm_jax.errors import UserError, did_you_mean
 
-__all__ = ["Document", "ReadCounts", "SourceConfig", "read_documents", "source_identity"]
+__all__ = [
+    "Document",
+    "ReadCounts",
+    "SourceConfig",
+    "count_malformed",
+    "nothing_read",
+    "read_documents",
+    "read_records",
+    "source_identity",
+]
 
 STDLIB = "stdlib"
+INSTRUCTIONS, PREFERENCES = "stdlib:instructions", "stdlib:preferences"
 HUGGING_FACE = "hf:"
 
 
@@ -24,9 +43,10 @@ HUGGING_FACE = "hf:"
 class SourceConfig:
     """Which text.
 
-    source: "stdlib" (the embedded corpus); a file; a folder, of which all files of known formats
-      are read; a glob pattern; "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder
-      that the `datasets` library saved.
+    source: "stdlib" (the embedded corpus), "stdlib:instructions" or "stdlib:preferences" (rows
+      made of it); a file; a folder, of which all files of known formats are read; a glob pattern;
+      "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder that the `datasets` library
+      saved.
     format: "text", "jsonl", "parquet" or "array_record"; None goes by the file's extension. For
       a folder it chooses the files.
     text_field: the field or column that holds the text of a row.
@@ -45,8 +65,9 @@ class SourceConfig:
 class ReadCounts:
     """What reading a source met, filled while it is read.
 
-    documents: documents yielded. skipped: malformed rows left out. empty: rows and files left
-    out because their text is white space. first_skipped: where and why the first one was skipped.
+    documents: documents, or examples, yielded. skipped: malformed rows left out. empty: rows and
+    files left out because their text is white space, or because they teach nothing. first_skipped:
+    where and why the first one was skipped.
     """
 
     documents: int = 0
@@ -63,21 +84,46 @@ def read_documents(config: SourceConfig, counts: ReadCounts | None = None) -> It
         skips those; a source without any document. It is raised while reading.
     """
     counts = ReadCounts() if counts is None else counts
-    for row in _rows(config):
-        if isinstance(row, Malformed):
-            if config.malformed == "error":
-                raise UserError(f"{row.where}: {row.why}; mend it, or set data.malformed=skip.")
-            counts.skipped += 1
-            counts.first_skipped = counts.first_skipped or f"{row.where}: {row.why}"
-        elif row.text.isspace() or not row.text:
+    for document in _documents(config):
+        if isinstance(document, Malformed):
+            count_malformed(document, config, counts)
+        elif document.text.isspace() or not document.text:
             counts.empty += 1
         else:
             counts.documents += 1
-            yield row
+            yield document
     if not counts.documents:
-        reason = f"{counts.empty} rows were empty and {counts.skipped} malformed"
-        first = f" ({counts.first_skipped})" if counts.first_skipped else ""
-        raise UserError(f"source={config.source!r} holds no document: {reason}{first}.")
+        raise nothing_read("document", config, counts)
+
+
+def read_records(config: SourceConfig) -> Iterator[Row]:
+    """Streams the rows of a source with all their fields, in the order of `read_documents`.
+
+    Plain text comes as the one field "text".
+
+    Raises:
+      UserError: no such source, or a file that cannot be read. It is raised while reading.
+    """
+    yield from _records(config, None)
+
+
+def count_malformed(row: Malformed, config: SourceConfig, counts: ReadCounts) -> None:
+    """Counts a malformed row as skipped.
+
+    Raises:
+      UserError: the config does not skip those.
+    """
+    if config.malformed == "error":
+        raise UserError(f"{row.where}: {row.why}; mend it, or set data.malformed=skip.")
+    counts.skipped += 1
+    counts.first_skipped = counts.first_skipped or f"{row.where}: {row.why}"
+
+
+def nothing_read(what: str, config: SourceConfig, counts: ReadCounts) -> UserError:
+    """The error of a source that was read to its end and held no `what`."""
+    reason = f"{counts.empty} rows were empty and {counts.skipped} malformed"
+    first = f" ({counts.first_skipped})" if counts.first_skipped else ""
+    return UserError(f"source={config.source!r} holds no {what}: {reason}{first}.")
 
 
 def source_identity(config: SourceConfig) -> dict[str, Any]:
@@ -91,6 +137,10 @@ def source_identity(config: SourceConfig) -> dict[str, Any]:
     identity: dict[str, Any] = dataclasses.asdict(config)
     if config.source == STDLIB:
         return identity | {"stdlib": stdlib_identity()}
+    if config.source in (INSTRUCTIONS, PREFERENCES):
+        from llm_jax.data.stdlib_examples import EXAMPLES_VERSION
+
+        return identity | {"stdlib": stdlib_identity(), "examples_version": EXAMPLES_VERSION}
     if config.source.startswith(HUGGING_FACE):
         return identity
     path = Path(config.source).expanduser()
@@ -99,14 +149,36 @@ def source_identity(config: SourceConfig) -> dict[str, Any]:
     return identity | {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 
-def _rows(config: SourceConfig) -> Iterator[Row]:
+def _documents(config: SourceConfig) -> Iterator[Document | Malformed]:
+    for row in _records(config, config.text_field):
+        if isinstance(row, Record):
+            yield row_document(row.fields, config.text_field, row.where)
+        else:
+            yield row
+
+
+def _records(config: SourceConfig, field: str | None) -> Iterator[Row]:
+    """The rows, of which one field is wanted, or with None all: see `readers.Reader`."""
     if config.source == STDLIB:
-        return iter(stdlib_documents())
+        return (Record({field or TEXT: d.text}, d.name) for d in stdlib_documents())
+    if config.source.startswith(f"{STDLIB}:"):
+        return _stdlib_rows(config.source)
     if config.source.startswith(HUGGING_FACE) or _is_saved_dataset(Path(config.source)):
         return _hugging_face_rows(config)
     return itertools.chain.from_iterable(
-        READERS[format](path, config.text_field) for path, format in _files(config)
+        READERS[format](path, field) for path, format in _files(config)
     )
+
+
+def _stdlib_rows(source: str) -> Iterator[Row]:
+    from llm_jax.data.stdlib_examples import instruction_rows, preference_rows
+
+    functions = {INSTRUCTIONS: instruction_rows, PREFERENCES: preference_rows}
+    if source not in functions:
+        known = (STDLIB, *functions)
+        raise UserError(f"source={source!r} is unknown.{did_you_mean(source, known)}")
+    rows = enumerate(functions[source](), start=1)
+    return (Record(dict(fields), f"{source}:{number}") for number, fields in rows)
 
 
 def _files(config: SourceConfig) -> list[tuple[Path, str]]:
@@ -183,7 +255,7 @@ def _hugging_face_rows(config: SourceConfig) -> Iterator[Row]:
                     )
                 rows = rows[config.split]
         for number, row in enumerate(rows, start=1):
-            yield row_document(row, config.text_field, f"{config.source}:{number}")
+            yield Record(row, f"{config.source}:{number}")
     except UserError:
         raise
     except Exception as error:  # the library raises its own, the hub's and the network's

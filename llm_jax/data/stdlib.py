@@ -66,6 +66,22 @@ def stdlib_identity(folder: Path | None = None) -> dict[str, str | int]:
     }
 
 
+def documented_objects(folder: Path | None = None) -> Iterator[tuple[str, str, ast.AST, str]]:
+    """Every class and function of the library that has a docstring, module by module.
+
+    Yields:
+      (module, heading, syntax tree, docstring); the heading stands before the docstring in the
+      module's document.
+    """
+    folder = folder or Path(sysconfig.get_path("stdlib"))
+    for path in _files(folder):
+        parsed = _parse(path)
+        if parsed is not None:
+            module = _module_name(path.relative_to(folder))
+            for heading, node, docstring in _documented(parsed[1], ""):
+                yield module, heading, node, docstring
+
+
 @functools.lru_cache(maxsize=1)  # parsing takes seconds, and a run reads the corpus twice
 def _documents(folder: Path) -> tuple[Document, ...]:
     texts: dict[str, str] = dict(_topics(folder / _TOPICS))

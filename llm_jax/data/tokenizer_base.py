@@ -52,6 +52,15 @@ class Tokenizer(abc.ABC):
         self.pad_id = special_ids["pad"]
         self._string_of_special = {special_ids[name]: tokens[name] for name in special_ids}
 
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """The id of each special token by its string, those without a purpose included."""
+        return {string: id_ for id_, string in self._string_of_special.items()}
+
+    def special_id(self, string: str) -> int | None:
+        """The id of the special token that is written so, or None."""
+        return self.specials.get(string)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never a special one. The text must hold no lone surrogates."""
         return self.encode_batch([text])[0]

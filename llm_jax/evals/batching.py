@@ -10,28 +10,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.errors import UserError
-from llm_jax.types import Batch
 
 
 class BatchRows(Protocol):
-    """Random access to rows of arrays [T]; all rows have the same shapes."""
+    """Random access to rows, structs of arrays [...] that have the same shapes in all rows."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Batch: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 def padded_batches(
     rows: BatchRows, indices: Sequence[int], batch_size: int
-) -> Iterator[tuple[Sequence[int], Batch]]:
+) -> Iterator[tuple[Sequence[int], Any]]:
     """Yields the rows in batches that all have the same shape, so that nothing compiles twice.
 
     The last batch is filled up with empty rows: segment 0, weight 0. Every process builds the same
     global batches, so all of them call the jitted function equally often and none can hang.
 
     Yields:
-      The indices of the batch's rows, at most `batch_size` of them, and numpy arrays
-      [batch_size, T] whose first rows they are.
+      The indices of the batch's rows, at most `batch_size` of them, and a struct of numpy arrays
+      [batch_size, ...] whose first rows they are.
 
     Raises:
       UserError: `batch_size` is not positive.
@@ -42,7 +41,11 @@ def padded_batches(
         chosen = indices[begin : begin + batch_size]
         batch = jax.tree.map(lambda *arrays: np.stack(arrays), *[rows[i] for i in chosen])
         missing = batch_size - len(chosen)
-        yield chosen, jax.tree.map(lambda a, n=missing: np.pad(a, [(0, n), (0, 0)]), batch)
+        yield chosen, jax.tree.map(lambda a, n=missing: _pad_rows(a, n), batch)
+
+
+def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(array, [(0, count), *[(0, 0)] * (array.ndim - 1)])
 
 
 def to_host(array: Any) -> np.ndarray:

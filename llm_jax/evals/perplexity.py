@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.packing import Rows
+from llm_jax.data.packing import DocumentRows
 from llm_jax.errors import UserError
 from llm_jax.evals.batching import padded_batches, to_host
 from llm_jax.types import Batch
@@ -24,7 +24,7 @@ TokenNats = Callable[[Any, Batch], Any]
 def evaluate_perplexity(
     token_nats: TokenNats,
     params: Any,
-    rows: Rows,
+    rows: DocumentRows,
     token_bytes: np.ndarray,
     batch_size: int,
     max_rows: int | None = None,
@@ -108,7 +108,7 @@ def bits_per_byte(nats: np.ndarray, sizes: np.ndarray, documents: np.ndarray) ->
 def _counted_targets(
     token_nats: TokenNats,
     params: Any,
-    rows: Rows,
+    rows: DocumentRows,
     token_bytes: np.ndarray,
     indices: list[int],
     batch_size: int,

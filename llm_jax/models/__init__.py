@@ -1,16 +1,19 @@
-"""The transformer: `ModelConfig`, `LanguageModel`, presets, KV cache, RoPE and attention."""
+"""The transformer: `ModelConfig`, `LanguageModel`, presets, KV cache, RoPE, attention, adapters."""
 
 from llm_jax.models.cache import KVCache, init_cache
 from llm_jax.models.config import ModelConfig, check_length
+from llm_jax.models.lora import LoraConfig
 from llm_jax.models.rope import RopeConfig
-from llm_jax.models.size import flops_per_token, parameter_count
+from llm_jax.models.size import adapter_count, flops_per_token, parameter_count
 from llm_jax.models.transformer import LanguageModel
 
 __all__ = [
     "KVCache",
     "LanguageModel",
+    "LoraConfig",
     "ModelConfig",
     "RopeConfig",
+    "adapter_count",
     "check_length",
     "flops_per_token",
     "init_cache",

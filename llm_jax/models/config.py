@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from llm_jax.errors import UserError
+from llm_jax.models.lora import LoraConfig
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
 LayerKind = Literal["global", "local"]
@@ -38,6 +39,8 @@ class ModelConfig:
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     residual_dropout: float = 0.0  # on what attention and MLP add to the residual stream
     attention_dropout: float = 0.0  # on attention weights; einsum backend only
+    neftune_alpha: float = 0.0  # noise on embeddings in training (arXiv:2310.05914); about 5
+    lora: LoraConfig | None = None  # the settings of adapters, where the parameters hold some
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and activations
     scan_layers: bool = False  # one compiled block, looped: compiles faster, fuses less
     # What the backward pass finds saved: none = all activations, full = only block inputs,
@@ -74,6 +77,8 @@ class ModelConfig:
         for name in ("residual_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1).")
+        if not self.neftune_alpha >= 0:
+            raise UserError(f"model.neftune_alpha={self.neftune_alpha} must not be negative.")
         for name in ("attention_soft_cap", "logits_soft_cap"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models.product import product
+from llm_jax.errors import UserError
+from llm_jax.models.kernels import LAYOUTS, Layout
+from llm_jax.models.lora import ADAPTERS, LoraConfig, adapted
+from llm_jax.models.quantize import Quantized, kernel_product
 from llm_jax.sharding import Named, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -53,35 +56,63 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """One matrix product, [..., C...] by a kernel [C..., F...].
+    """One matrix product, [..., C...] by a kernel [C..., F...], with its adapters if the parameters
+    hold some. Its name says which of `kernels.LAYOUTS` the kernel has.
 
     The kernel starts as a truncated normal of deviation `scale` / sqrt(fan in); the bias as 0.
     """
 
     shape: tuple[int, ...]  # of the kernel
-    axes: tuple[str, ...]  # logical names of the kernel's dimensions
     dtype: str
     use_bias: bool = False
     scale: float = 1.0
-    contracted: int = 1  # leading dimensions of the kernel that the product sums over
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        layout = LAYOUTS[str(self.name)]
+        kernel = self._kernel(layout)
+        if self.has_variable("params", ADAPTERS):
+            y = self._adapted(x, kernel, layout)
+        else:
+            y = kernel_product(x, kernel, self.dtype, layout.contracted)
+        y = y.astype(self.dtype)
+        if self.use_bias:
+            shape = self.shape[layout.contracted :]
+            bias = parameter(self, "bias", nn.initializers.zeros, layout.outputs, shape)
+            y += bias.astype(self.dtype)
+        return y
+
+    def _kernel(self, layout: Layout) -> Any:
+        given: Any = self.get_variable("params", "kernel")
+        if isinstance(given, Quantized):  # flax would compare the codes with the kernel's shape
+            return given
         dimensions = range(len(self.shape))
         init = nn.initializers.variance_scaling(
             self.scale**2,
             "fan_in",
             "truncated_normal",
-            in_axis=dimensions[: self.contracted],
-            out_axis=dimensions[self.contracted :],
+            in_axis=dimensions[: layout.contracted],
+            out_axis=dimensions[layout.contracted :],
         )
-        kernel = parameter(self, "kernel", init, self.axes, self.shape)
-        y = product(x, kernel, self.dtype, self.contracted).astype(self.dtype)
-        if self.use_bias:
-            axes, shape = self.axes[self.contracted :], self.shape[self.contracted :]
-            bias = parameter(self, "bias", nn.initializers.zeros, axes, shape)
-            y += bias.astype(self.dtype)
-        return y
+        return parameter(self, "kernel", init, layout.axes, self.shape)
+
+    def _adapted(self, x: jax.Array, kernel: Any, layout: Layout) -> jax.Array:
+        if self.lora is None:
+            raise UserError(
+                "the parameters hold adapters, but model.lora is None: give their settings, or "
+                "apply the base alone."
+            )
+        drop = self.lora.dropout > 0 and self.has_rng("dropout")
+        return adapted(
+            x,
+            kernel,
+            self.get_variable("params", ADAPTERS),
+            self.lora,
+            layout,
+            self.dtype,
+            self.make_rng("dropout") if drop else None,
+        )
 
 
 def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
@@ -99,21 +130,21 @@ class MLP(nn.Module):
     dtype: str
     use_bias: bool
     output_scale: float
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.kind]
         D, M = self.embed_dim, self.mlp_dim
         if self.kind == "gelu":
-            up = Projection((D, M), ("embed", "mlp"), self.dtype, self.use_bias,
-                            name="up")  # fmt: skip
+            up = Projection((D, M), self.dtype, self.use_bias, lora=self.lora, name="up")
             h_BTM = activation(up(x_BTD))
         else:
-            gate_up = Projection((D, 2, M), ("embed", "fused", "mlp"),
-                                 self.dtype, self.use_bias, name="gate_up")  # fmt: skip
+            gate_up = Projection((D, 2, M), self.dtype, self.use_bias, lora=self.lora,
+                                 name="gate_up")  # fmt: skip
             gate_BTM, up_BTM = unstack(gate_up(x_BTD), axis=-2)
             h_BTM = activation(gate_BTM) * up_BTM
         h_BTM = constrain(h_BTM, "activation_batch", "activation_time", "activation_mlp")
-        down = Projection((M, D), ("mlp", "embed"), self.dtype, self.use_bias,
-                          self.output_scale, name="down")  # fmt: skip
+        down = Projection((M, D), self.dtype, self.use_bias, self.output_scale, self.lora,
+                          name="down")  # fmt: skip
         return down(h_BTM)

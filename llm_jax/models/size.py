@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.lora import init_adapters
 from llm_jax.models.transformer import LanguageModel
 from llm_jax.sharding import unbox
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters; makes no array."""
-    # The attention backend has no parameters, and the one named may not exist on this machine.
-    model = LanguageModel(dataclasses.replace(config, attention_backend="einsum"))
-    shapes = unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    """All parameters but adapters; makes no array."""
+    return _size(_shapes(config))
+
+
+def adapter_count(config: ModelConfig) -> int:
+    """All parameters of the adapters of `config.lora`, 0 without; makes no array.
+
+    Raises:
+      UserError: a target of `config.lora` matches no part of the model.
+    """
+    if config.lora is None:
+        return 0
+    rng = jax.random.key(0)
+    return _size(jax.eval_shape(lambda base: init_adapters(rng, config, base), _shapes(config)))
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
@@ -29,6 +40,9 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     half of the row on average, or a window's worth. Rematerialisation is not counted, nor that
     packed documents see less than the row. (PaLM, arXiv:2204.02311, appendix B, with attention
     halved for causality.)
+
+    With `config.lora` the weights are frozen: the 2 backward operations for their own gradients are
+    left out, and the adapters counted like weights.
     """
     assert config.vocab_size is not None
     D, H = config.embed_dim, config.resolved_head_dim
@@ -38,7 +52,19 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     layer = qkv + heads * D + products * D * config.mlp_dim
     weights = config.num_layers * layer + D * config.vocab_size
     seen = sum(_keys_seen(length, config.layer_window(i)) for i in range(config.num_layers))
-    return 6.0 * weights + 3 * 2 * 2 * heads * seen
+    trained = weights if config.lora is None else adapter_count(config)
+    frozen = 0 if config.lora is None else weights
+    return 6.0 * trained + 4.0 * frozen + 3 * 2 * 2 * heads * seen
+
+
+def _shapes(config: ModelConfig) -> Any:
+    # The attention backend has no parameters, and the one named may not exist on this machine.
+    model = LanguageModel(dataclasses.replace(config, attention_backend="einsum"))
+    return unbox(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def _size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def _keys_seen(length: int, window: int | None) -> float:

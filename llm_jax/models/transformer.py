@@ -62,8 +62,8 @@ class Attention(nn.Module):
         config = self.config
         D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
         qkv_BTKFH = Projection(
-            (D, K, G + 2, H), ("embed", "heads", "fused", "head_dim"), config.dtype,
-            config.attention_bias != "none", name="qkv",
+            (D, K, G + 2, H), config.dtype, config.attention_bias != "none", lora=config.lora,
+            name="qkv",
         )(x_BTD)  # fmt: skip
         q_BKGTH, k_BK1TH, v_BK1TH = (
             constrain(part.transpose(0, 2, 3, 1, 4), *HEADS_AXES, None, "activation_time", None)
@@ -106,8 +106,8 @@ class Attention(nn.Module):
         )
         out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
         output = Projection(
-            (K * G, H, D), ("heads", "head_dim", "embed"), config.dtype,
-            config.attention_bias == "all", _residual_scale(config), contracted=2, name="output",
+            (K * G, H, D), config.dtype, config.attention_bias == "all", _residual_scale(config),
+            config.lora, name="output",
         )  # fmt: skip
         return output(out_BNTH.swapaxes(1, 2)), cache
 
@@ -130,7 +130,7 @@ class Block(nn.Module):
         added_BTD, cache = attend(norm(name="attention_norm")(x_BTD), row, cache)
         x_BTD = constrain(x_BTD + dropout(added_BTD), *RESIDUAL_AXES)
         mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
-                  _residual_scale(config), name="mlp")  # fmt: skip
+                  _residual_scale(config), config.lora, name="mlp")  # fmt: skip
         x_BTD = x_BTD + dropout(mlp(norm(name="mlp_norm")(x_BTD)))
         return constrain(x_BTD, *RESIDUAL_AXES), cache
 
@@ -178,6 +178,10 @@ class Transformer(nn.Module):
         # axis would otherwise cut, but stay split over the vocabulary.
         table_VD = constrain(table_VD, "vocab", None).astype(config.dtype)
         x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *RESIDUAL_AXES)
+        if config.neftune_alpha and self.has_rng("dropout"):
+            x_BTD += _embedding_noise(
+                self.make_rng("dropout"), config.neftune_alpha, x_BTD, segment_ids_BT
+            )
         caches = None if cache is None else cache.layers
         if config.scan_layers:
             x_BTD, caches = nn.scan(
@@ -240,7 +244,7 @@ class LanguageModel:
           tokens: int32 [batch, time], all below the vocabulary size.
           positions: int32 [batch, time]; None counts on from the cache's lengths, or from 0.
           segment_ids: int32 [batch, time], 0 for padding; None = one segment a row.
-          rng: switches dropout on.
+          rng: switches dropout, and the noise of NEFTune, on.
           cache: keys and values of earlier tokens, which these follow; see `KVCache`. Prefill and
             decoding are the same call with many tokens or one.
         """
@@ -288,6 +292,24 @@ def _row(
             positions_BT = positions_BT + lengths[:, None]
     sin, cos = rotary_tables(config.rope, config.resolved_head_dim, positions_BT)
     return Row(sin, cos, segment_ids_BT, key_segment_ids_BS, lengths), cache
+
+
+def _embedding_noise(
+    rng: jax.Array, alpha: float, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+    """NEFTune (arXiv:2310.05914): uniform in ±alpha / √(length·D), like x; none on padding.
+
+    A token's length is that of its own document in the row, so that packing changes no noise.
+    """
+    B, T, D = x_BTD.shape
+    if segment_ids_BT is None:
+        reach_BT = jnp.full((B, T), alpha / math.sqrt(T * D))
+    else:
+        same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        reach_BT = alpha / jnp.sqrt(jnp.sum(same_BTT, axis=-1) * D)
+        reach_BT = jnp.where(segment_ids_BT != 0, reach_BT, 0)
+    noise_BTD = jax.random.uniform(rng, (B, T, D), minval=-1, maxval=1)
+    return (noise_BTD * reach_BT[:, :, None]).astype(x_BTD.dtype)
 
 
 def _residual_scale(config: ModelConfig) -> float:

@@ -66,14 +66,18 @@ def make_objective(
 
 
 def token_nats(
-    model: LanguageModel, params: Any, batch: Batch, chunk: int | None = None
+    model: LanguageModel,
+    params: Any,
+    batch: Batch,
+    chunk: int | None = None,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     """−log p(target) of every position, float32 [batch, time], in nats, whatever its weight.
 
     Differentiable; the backward pass computes each chunk's logits again. Padding's values mean
-    nothing.
+    nothing. `rng` switches dropout on.
     """
-    hidden_BTD, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+    hidden_BTD, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids, rng=rng)
     kernel_DV = model.output_kernel(params)
 
     @jax.checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llm_jax.trainers import pretrain
+from llm_jax.trainers import dpo, pretrain, reward, sft
 from llm_jax.trainers.base import RunConfig, Trainer
 
 
@@ -19,6 +19,9 @@ class Stage:
 
 TRAINERS: dict[str, Stage] = {
     "pretrain": Stage(pretrain.PretrainConfig, pretrain.build),
+    "sft": Stage(sft.SFTConfig, sft.build),
+    "reward": Stage(reward.RewardConfig, reward.build),
+    "dpo": Stage(dpo.DPOConfig, dpo.build),
 }
 
 __all__ = ["TRAINERS", "Stage"]

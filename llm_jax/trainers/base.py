@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 
@@ -23,14 +23,14 @@ class EvaluationConfig:
     """When the evaluations run and how much they read; every phase ends with one, too."""
 
     every: int = 200  # steps
+    at_start: bool = False  # once before the first step, too: what the stage starts from
     rows: int = 64  # at most this many validation rows
     batch: int | None = None  # rows at once; None: as many as a training batch
-    needle: bool = False  # needle retrieval at the phase's length
-    needle_depths: int = 5  # evenly spaced from the start to the end of the context
-    needles_per_depth: int = 8
+
+    positive: ClassVar[tuple[str, ...]] = ("every", "rows")
 
     def __post_init__(self) -> None:
-        for name in ("every", "rows", "needle_depths", "needles_per_depth"):
+        for name in self.positive:
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise UserError(f"config.evaluation.{name}={value} must be at least 1.")
@@ -61,6 +61,8 @@ class RunConfig:
     trainer: str = "pretrain"
     seed: int = 0
     init_from: str | None = None  # DIR or DIR@STEP of an earlier stage: parameters and meta only
+    # How the base of LoRA adapters is held (QLoRA, arXiv:2305.14314); None: in float32.
+    quantize_base: Literal["int8", "nf4"] | None = None
     # Compiled programs are kept here between runs; None: $JAX_COMPILATION_CACHE_DIR or
     # the cache folder of llm_jax. "off" keeps none.
     compilation_cache: str | None = None
@@ -106,7 +108,8 @@ class Setting:
     """What a phase decides: everything that depends on its length, RoPE or mixture.
 
     sample: `(params) → text`, or None. meta: JSON-able, stored with each checkpoint of the phase.
-    facts: lines logged when the phase starts.
+    micro_batches: into how many parts a batch is cut inside the step. facts: lines logged when
+    the phase starts.
     """
 
     objective: Objective
@@ -114,6 +117,7 @@ class Setting:
     sample: Callable[[Any], str] | None
     meta: dict[str, Any]
     flops_per_token: float
+    micro_batches: int
     facts: tuple[str, ...] = ()
 
 
@@ -121,9 +125,10 @@ class Setting:
 class Trainer:
     """A stage, wired: the loop asks for nothing else.
 
-    init_params: `(rng) → tree of sharding.Named`. load_params: parameters of the stage before in
-    the given shardings, or None for a start from scratch. data_fingerprint: a hash of all
-    documents.
+    init_params: `(rng) → tree of sharding.Named`, of what is trained. load_params: the same from
+    the stage before in the given shardings, or None for a start from scratch. frozen: what the
+    model needs beside it, on the mesh; None = nothing. data_fingerprint: a hash of all documents.
+    lineage: stage, run and step of each stage before this one, oldest first.
     """
 
     phases: tuple[Phase, ...]
@@ -133,3 +138,5 @@ class Trainer:
     setting: Callable[[Phase], Setting]
     tokenizer: Tokenizer
     data_fingerprint: str
+    frozen: Any = None
+    lineage: tuple[dict[str, Any], ...] = ()

@@ -15,7 +15,7 @@ def make_rows(first_token, rows, length=4):
     size = length + 1
     tokens = first_token + np.arange(rows * size, dtype=np.uint32)
     offsets = np.arange(rows + 1, dtype=np.int64) * size
-    store = types.SimpleNamespace(tokens=tokens, offsets=offsets)
+    store = types.SimpleNamespace(tokens=tokens, offsets=offsets, trained=None)
     return packing.pack(store, length, "best_fit")
 
 

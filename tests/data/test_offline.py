@@ -31,6 +31,8 @@ PHASES = plan(
 class Store:
     """Documents of counting tokens, so that a row tells where it comes from."""
 
+    trained = None
+
     def __init__(self, first, documents):
         lengths = np.random.default_rng(first).integers(3, 30, documents)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])

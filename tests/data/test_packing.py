@@ -13,7 +13,9 @@ from llm_jax.errors import UserError
 def make_store(sizes):
     """A store whose every token is different, so that a pair names its own place."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return types.SimpleNamespace(tokens=np.arange(offsets[-1], dtype=np.uint32), offsets=offsets)
+    return types.SimpleNamespace(
+        tokens=np.arange(offsets[-1], dtype=np.uint32), offsets=offsets, trained=None
+    )
 
 
 def ragged_sizes(seed, documents=60):

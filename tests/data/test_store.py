@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from llm_jax.data import store as store_module
+from llm_jax.data import store_writer
 from llm_jax.data.documents import is_validation
 from llm_jax.data.sources import SourceConfig
-from llm_jax.data.store import TokenStore, build_stores, default_cache_dir
+from llm_jax.data.store import TokenStore, build_text_stores, default_cache_dir
 from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
 from llm_jax.errors import UserError
 
@@ -36,7 +37,7 @@ def cache(tmp_path):
 
 
 def build(source, cache, tokenizer=BYTES, fraction=FRACTION):
-    return build_stores(source, tokenizer, validation_fraction=fraction, cache_dir=cache)
+    return build_text_stores(source, tokenizer, validation_fraction=fraction, cache_dir=cache)
 
 
 def texts_of(store, tokenizer=BYTES):
@@ -99,7 +100,7 @@ def test_the_smallest_type_that_holds_the_vocabulary(source, cache, extra, dtype
 
 def test_the_cache_is_used_while_nothing_changes(source, cache, monkeypatch):
     first = build(source, cache)
-    monkeypatch.setattr(store_module, "_build", None)  # calling it would fail
+    monkeypatch.setattr(store_module, "_write", None)  # calling it would fail
     again = build(source, cache)
     assert again["train"].directory == first["train"].directory
     assert again["train"].fingerprint == first["train"].fingerprint
@@ -286,7 +287,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, cache, monkeypatch, 
     def full(self, *_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(store_module._Writer, "add", full)
+    monkeypatch.setattr(store_writer.StoreWriter, "add", full)
     with pytest.raises(UserError, match=r"the disk is full.*LLM_JAX_CACHE") as caught:
         build(source, cache)
     assert str(cache / "stores") in str(caught.value)
@@ -294,14 +295,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, cache, monkeypatch, 
 
 
 def test_a_disk_that_fills_up_at_the_last_write(source, cache, monkeypatch):
-    real = store_module._sync
+    real = store_writer._sync
 
     def full(file):
         if file.name.endswith("meta.json"):
             raise OSError(errno.ENOSPC, "full")
         real(file)
 
-    monkeypatch.setattr(store_module, "_sync", full)
+    monkeypatch.setattr(store_writer, "_sync", full)
     with pytest.raises(UserError, match="the disk is full"):
         build(source, cache)
     monkeypatch.undo()

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from llm_jax import sharding
-from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.errors import UserError
-from llm_jax.generation.generate import generate, sample_text
+from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig, init_cache
 
@@ -33,6 +32,7 @@ CONFIGS = {
 }
 GREEDY = SamplerConfig(temperature=0)
 RANDOM = SamplerConfig(temperature=1.5, top_k=20, top_p=0.9)
+PENALIZED = SamplerConfig(temperature=1.2, min_p=0.05, repetition_penalty=1.4)
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35, 8, 9], [7], [27, 18, 28, 18, 2]]
 LENGTH = 24  # of the reference's rows
 
@@ -109,9 +109,31 @@ def test_greedy_equals_rerunning_the_whole_forward_pass(name):
     assert not made.stopped.any()
 
 
+@pytest.mark.parametrize("penalty", [1.7, 0.02])
+def test_the_penalty_counts_prompt_and_continuation_and_no_padding(penalty):
+    # The smaller one makes a row choose among the tokens that it holds, if it can.
+    prompts = np.random.default_rng(3).integers(1, 64, (12, 9)).tolist()
+    prompts = [prompt[: 1 + row % 9] for row, prompt in enumerate(prompts)]
+    made = run("grouped", prompts, sampler=SamplerConfig(0, repetition_penalty=penalty))
+    for row, prompt in enumerate(prompts):
+        tokens = list(prompt)
+        for _ in range(10):
+            logits = full_logits("grouped", tokens)[-1].copy()
+            for token in set(tokens):
+                logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+            tokens.append(int(logits.argmax()))
+        assert made.tokens[row].tolist() == tokens[len(prompt) :]
+
+
 @pytest.mark.parametrize(
     ("name", "sampler"),
-    [("grouped", GREEDY), ("window", GREEDY), ("scanned", GREEDY), ("window", RANDOM)],
+    [
+        ("grouped", GREEDY),
+        ("window", GREEDY),
+        ("scanned", GREEDY),
+        ("window", RANDOM),
+        ("grouped", PENALIZED),
+    ],
 )
 def test_logprobs_equal_a_recomputation(name, sampler):
     made = run(name, sampler=sampler)
@@ -123,11 +145,12 @@ def test_logprobs_equal_a_recomputation(name, sampler):
         np.testing.assert_allclose(made.logprobs[row], expected, atol=2e-5)
 
 
-def test_a_ragged_batch_equals_each_prompt_alone():
+@pytest.mark.parametrize("sampler", [RANDOM, PENALIZED])
+def test_a_ragged_batch_equals_each_prompt_alone(sampler):
     rng = jax.random.split(jax.random.key(5), 3)
-    together = run("window", sampler=RANDOM, rng=rng)
+    together = run("window", sampler=sampler, rng=rng)
     for row, prompt in enumerate(PROMPTS):
-        alone = run("window", [prompt], sampler=RANDOM, rng=rng[row : row + 1])
+        alone = run("window", [prompt], sampler=sampler, rng=rng[row : row + 1])
         assert together.tokens[row].tolist() == alone.tokens[0].tolist()
         np.testing.assert_allclose(together.logprobs[row], alone.logprobs[0], atol=1e-5)
 
@@ -213,7 +236,7 @@ def test_decoding_ends_when_all_rows_have_stopped():
 def test_long_prompts_are_read_in_chunks(monkeypatch):
     prompts = [list(range(1, 22)), [5, 6, 7], list(range(30, 47))]
     whole = run("scanned", prompts, max_new_tokens=3)
-    monkeypatch.setattr("llm_jax.generation.generate.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("llm_jax.generation.decoding.PREFILL_CHUNK", 8)
     model, params, _ = make("scanned")
     fresh = LanguageModel(model.config)  # compiles anew, with the smaller chunk
     chunked = generate(
@@ -265,42 +288,3 @@ def test_a_prompt_may_fill_the_model_to_its_last_position():
 def test_keys_must_be_one_a_row():
     with pytest.raises(ValueError, match="one for each prompt"):
         run("grouped", rng=jax.random.split(jax.random.key(0), 2))
-
-
-@functools.cache
-def text_model():
-    tokenizer = ByteTokenizer()
-    model = LanguageModel(dataclasses.replace(BASE, vocab_size=320, max_length=128))
-    return model, random_params(model), tokenizer
-
-
-def test_sample_text_starts_with_bos_and_shows_the_prompt():
-    model, params, tokenizer = text_model()
-    text = sample_text(model, params, tokenizer, "Grüße", max_new_tokens=20, sampler=RANDOM, seed=3)
-    prompt = [tokenizer.bos_id, *tokenizer.encode("Grüße")]
-    made = generate(
-        model, params, [prompt], max_new_tokens=20, sampler=RANDOM, rng=jax.random.key(3),
-        stop_ids=(tokenizer.eos_id, tokenizer.special_ids["end_of_turn"]),
-    )  # fmt: skip
-    assert text == tokenizer.decode([*prompt, *made.tokens[0, : made.lengths[0]]])
-    assert text.startswith("Grüße") and len(text) > len("Grüße")
-
-
-@pytest.mark.parametrize("purpose", ["eos", "end_of_turn"])
-def test_sample_text_stops_at_the_end_tokens(purpose):
-    model, params, tokenizer = text_model()
-    letter, end = tokenizer.encode("a")[0], tokenizer.special_ids[purpose]
-    # Without layers that add anything, a token's logits are the products of its embedding with all
-    # others: bos is followed by "a", "a" by the end, and the end by "b", each all but surely.
-    table = np.zeros((320, 16), np.float32)
-    table[tokenizer.bos_id, 0] = 1
-    table[letter, :2] = 30, 31
-    table[end, 1] = 100
-    table[letter + 1, :2] = -300, 300
-    params = jax.tree.map(jnp.zeros_like, params)
-    params = {**params, "embedding": table, "final_norm": {"scale": np.ones(16, np.float32)}}
-    for prompt in ["", "a"]:
-        text = sample_text(
-            model, params, tokenizer, prompt, max_new_tokens=20, sampler=RANDOM, seed=0
-        )
-        assert text == "a"

@@ -5,7 +5,7 @@ import pytest
 from scipy import special, stats
 
 from llm_jax.errors import UserError
-from llm_jax.generation.sampler import SamplerConfig, candidates, sample
+from llm_jax.generation.sampler import SamplerConfig, candidates, penalize, sample
 
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 2.0, -3.0, 0.0], np.float32)
 
@@ -14,7 +14,8 @@ CONFIGS = {
     "hot": SamplerConfig(temperature=2.0),
     "top_k": SamplerConfig(top_k=3),
     "top_p": SamplerConfig(top_p=0.7),
-    "all": SamplerConfig(temperature=0.7, top_k=5, top_p=0.9),
+    "min_p": SamplerConfig(min_p=0.2),
+    "all": SamplerConfig(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1),
 }
 
 
@@ -30,6 +31,9 @@ def reference_distribution(logits, config):
             break
         kept.append(token)
         mass += probabilities[token]
+    highest = probabilities[kept[0]]
+    kept = [token for token in kept if probabilities[token] >= (config.min_p or 0) * highest]
+    mass = sum(probabilities[token] for token in kept)
     distribution = np.zeros(len(logits))
     distribution[kept] = probabilities[kept] / mass
     return distribution
@@ -51,8 +55,9 @@ def keys(count, seed=0):
 
 @pytest.mark.parametrize("top_k", [None, 1, 2, 6, 50])
 @pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.95, 1.0])
-def test_candidates_match_the_reference(top_k, top_p):
-    config = SamplerConfig(temperature=0.8, top_k=top_k, top_p=top_p)
+@pytest.mark.parametrize("min_p", [None, 0.05, 0.6, 1.0])
+def test_candidates_match_the_reference(top_k, top_p, min_p):
+    config = SamplerConfig(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
     rng = np.random.default_rng(0)
     for logits in [LOGITS, *rng.normal(0, 2, (5, 20)).astype(np.float32)]:
         expected = reference_distribution(logits, config)
@@ -104,6 +109,47 @@ def test_top_p_counts_what_top_k_kept():
     np.testing.assert_allclose(alone, [4 / 7, 3 / 7, 0, 0], atol=1e-6)
 
 
+def test_min_p_is_a_share_of_the_highest_probability():
+    logits = np.log(np.array([0.2, 0.5, 0.04, 0.06, 0.2], np.float32))
+    kept = candidate_distribution(logits, SamplerConfig(min_p=0.1))  # at least 0.05
+    np.testing.assert_allclose(kept, np.array([0.2, 0.5, 0, 0.06, 0.2]) / 0.96, atol=1e-6)
+    kept = candidate_distribution(logits, SamplerConfig(min_p=0.3, top_k=2))
+    np.testing.assert_allclose(kept, np.array([0.2, 0.5, 0, 0, 0]) / 0.7, atol=1e-6)
+
+
+def test_min_p_is_taken_at_the_temperature():
+    # At temperature 2 the probabilities are as their square roots: 3 to 2 to 1.
+    logits = np.log(np.array([9.0, 4.0, 1.0], np.float32))
+    kept = candidate_distribution(logits, SamplerConfig(temperature=2.0, min_p=0.5))
+    np.testing.assert_allclose(kept, [3 / 5, 2 / 5, 0], atol=1e-6)
+    kept = candidate_distribution(logits, SamplerConfig(min_p=0.5))
+    np.testing.assert_allclose(kept, [1, 0, 0], atol=1e-6)
+
+
+def test_min_p_comes_after_top_p():
+    # Were min_p first, the two that top_p then kept would hold 0.7 / 0.9 > 0.75 of the rest.
+    logits = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
+    kept = candidate_distribution(logits, SamplerConfig(top_p=0.75, min_p=0.3))
+    np.testing.assert_allclose(kept, [5 / 9, 2 / 9, 2 / 9, 0], atol=1e-6)
+
+
+def test_seen_tokens_are_penalized_by_their_sign():
+    seen = jnp.array([[True, True, False, False, True, True, True]])
+    config = SamplerConfig(repetition_penalty=1.5)
+    penalized = penalize(jnp.asarray(LOGITS)[None], seen, config)[0]
+    expected = [1.0 / 1.5, -0.5 * 1.5, 2.0, 0.3, 2.0 / 1.5, -3.0 * 1.5, 0.0]
+    np.testing.assert_allclose(penalized, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 1}])
+def test_the_penalty_comes_before_the_choice_and_the_filters(settings):
+    config = SamplerConfig(repetition_penalty=2.0, **settings)
+    seen = jnp.zeros((1, 7), bool).at[0, 2].set(True)
+    token, logprob = choose(jnp.asarray(LOGITS)[None], keys(1), config, seen)
+    assert token[0] == 4  # as probable as token 2, which is seen
+    np.testing.assert_allclose(logprob[0], special.log_softmax(LOGITS)[4], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_does_not_depend_on_its_batch(name):
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1, (6, 30)), jnp.float32)
@@ -123,6 +169,10 @@ def test_a_row_does_not_depend_on_its_batch(name):
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"min_p": 1.1}, "min_p=1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -8,44 +8,46 @@ import numpy as np
 import pytest
 
 from llm_jax import sharding
-from llm_jax.checkpoint import CheckpointConfig, Checkpointer
-from llm_jax.config import resolved
+from llm_jax.data.examples import Message
+from llm_jax.data.templates import TEMPLATES
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.errors import UserError
-from llm_jax.generation.generate import sample_texts
+from llm_jax.generation.generate import document_prompt, document_stop_ids, generate_texts
 from llm_jax.generation.sampler import SamplerConfig
-from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.runs import load_run
-from llm_jax.types import TrainState
 from tools.cli import run_tool
 from tools.generate import define_flags, main
 
-MODEL = ModelConfig(vocab_size=320, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
-                    max_length=64)  # fmt: skip
-
-
-def random_params(seed):
-    rng = np.random.default_rng(seed)
-    shapes = sharding.unbox(jax.eval_shape(LanguageModel(MODEL).init, jax.random.key(0)))
-    return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+TEMPLATE = TEMPLATES["chatml"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run directory with checkpoints 3 and 5; the parameters of a step are made of its number."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    ByteTokenizer().save(folder / "tokenizer")
-    checkpointer = Checkpointer(folder, CheckpointConfig(keep_latest=2))
-    meta = {"stage": "pretrain", "model": resolved(MODEL), "length": 32, "lineage": []}
-    for step in (3, 5):
-        params = jax.tree.map(jax.numpy.asarray, random_params(step))
-        state = TrainState(jax.numpy.int32(step), params, {}, jax.random.key(0))
-        checkpointer.save(step, state, params, {}, meta)
-    checkpointer.wait()
-    checkpointer.close()
-    return folder
+def workdir(save_run, tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", (3, 5), length=32)
+
+
+@pytest.fixture(scope="module")
+def chat_run(save_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "chat"
+    return save_run(folder, (5,), stage="sft", template=TEMPLATE.describe())
+
+
+@pytest.fixture
+def expect(tiny_model, random_params):
+    """`expect(prompt, step, ...)`: what the tool is to print of one sample."""
+
+    def make(prompt, step=5, count=1, sampler=None, seed=0, **settings):
+        tokenizer = ByteTokenizer()
+        settings = {"stop_ids": document_stop_ids(tokenizer), "echo": True, **settings}
+        if isinstance(prompt, str):
+            prompt = document_prompt(tokenizer, prompt)
+        texts = generate_texts(
+            tiny_model, random_params(step), tokenizer, [prompt] * count, max_new_tokens=12,
+            sampler=sampler or SamplerConfig(), rng=jax.random.key(seed), **settings,
+        )  # fmt: skip
+        return "".join(f"{text}\n" for text in texts)
+
+    return make
 
 
 @pytest.fixture
@@ -67,9 +69,11 @@ def tool(capsys):
 
 
 @pytest.mark.parametrize(("suffix", "step"), [("", 5), ("@3", 3)])
-def test_a_run_is_loaded_at_its_newest_checkpoint_or_the_one_named(workdir, suffix, step):
+def test_a_run_is_loaded_at_its_newest_checkpoint_or_the_one_named(
+    workdir, suffix, step, tiny_model, random_params
+):
     run = load_run(f"{workdir}{suffix}")
-    assert (run.path, run.step, run.model.config) == (workdir, step, MODEL)
+    assert (run.path, run.step, run.model.config) == (workdir, step, tiny_model.config)
     assert run.meta["length"] == 32
     assert run.tokenizer.fingerprint == ByteTokenizer().fingerprint
     jax.tree.map(np.testing.assert_array_equal, run.params, random_params(step))
@@ -84,30 +88,48 @@ def test_a_run_is_loaded_onto_the_mesh_that_is_asked_for(workdir):
     assert table.sharding.shard_shape(table.shape) == (320, 2)
 
 
-def test_the_tool_prints_prompt_and_continuation_alone(workdir, tool):
-    arguments = [f"--workdir={workdir}", "--prompt=def ", "--max_new_tokens=12", "--seed=4",
-                 "--temperature=0.8", "--top_k=40", "--top_p=0.9"]  # fmt: skip
-    status, out, err = tool(*arguments)
-    sampler = SamplerConfig(temperature=0.8, top_k=40, top_p=0.9)
-    texts = sample_texts(
-        LanguageModel(MODEL), random_params(5), ByteTokenizer(), ["def "] * 2, max_new_tokens=12,
-        sampler=sampler, seed=4,
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_tool_prints_prompt_and_continuation_alone(workdir, tool, expect, count):
+    status, out, err = tool(
+        f"--workdir={workdir}", "--prompt=def ", "--max_new_tokens=12", "--seed=4",
+        "--temperature=0.8", "--top_k=40", "--top_p=0.9", "--min_p=0.02",
+        "--repetition_penalty=1.3", f"--num_samples={count}",
     )  # fmt: skip
+    sampler = SamplerConfig(0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
     assert status == 0
-    assert out == f"{texts[0]}\n" and out.startswith("def ") and len(out) > 6
+    assert out == expect("def ", count=count, sampler=sampler, seed=4)
+    assert out.startswith("def ") and len(out) > 6
     assert "checkpoint 5" in err
 
-    _, out, _ = tool(*arguments, "--num_samples=2")
-    assert out == "".join(f"{text}\n" for text in texts)
 
-
-def test_the_defaults_are_the_samplers(workdir, tool):
+def test_the_defaults_are_the_samplers(workdir, tool, expect):
     _, out, _ = tool(f"--workdir={workdir}@3", "--max_new_tokens=12")
-    expected = sample_texts(
-        LanguageModel(MODEL), random_params(3), ByteTokenizer(), [""], max_new_tokens=12,
-        sampler=SamplerConfig(),
-    )  # fmt: skip
-    assert out == f"{expected[0]}\n"
+    assert out == expect("", step=3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_stop_ends_the_text(workdir, tool, expect, count):
+    arguments = (f"--workdir={workdir}", "--prompt=x", "--max_new_tokens=12", "--seed=1")
+    arguments = (*arguments, f"--num_samples={count}")
+    first = expect("x", seed=1)
+    stops = ["never", first[4:6]]
+    _, out, _ = tool(*arguments, *(f"--stop={stop}" for stop in stops))
+    assert out == expect("x", seed=1, count=count, stop_strings=stops)
+    assert out.startswith(f"{first[:4]}\n")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_chat_renders_a_user_turn_and_prints_the_answer_alone(chat_run, tool, expect, count):
+    tokenizer = ByteTokenizer()
+    arguments = (f"--workdir={chat_run}", "--prompt=hi", "--max_new_tokens=12")
+    arguments = (*arguments, f"--num_samples={count}")
+    prompt = TEMPLATE.render_prompt([Message("user", "hi")], (), tokenizer)
+    stop_ids = TEMPLATE.stop_ids(tokenizer)
+    status, out, _ = tool(*arguments, "--chat")
+    assert status == 0
+    assert out == expect(prompt, count=count, stop_ids=stop_ids, echo=False)
+    _, out, _ = tool(*arguments)
+    assert out == expect("hi", count=count)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +142,11 @@ def test_the_defaults_are_the_samplers(workdir, tool):
         (["--workdir=RUN", "--max_new_tokens=0"], "max_new_tokens=0"),
         (["--workdir=RUN", "--temperature=-1"], "temperature=-1.0"),
         (["--workdir=RUN", "--top_p=2"], "top_p=2.0"),
+        (["--workdir=RUN", "--min_p=2"], "min_p=2.0"),
+        (["--workdir=RUN", "--repetition_penalty=0"], "repetition_penalty=0.0"),
+        (["--workdir=RUN", "--max_new_tokens=9", "--stop="], "a stop string is empty"),
+        (["--workdir=RUN", "--chat", "--prompt= "], "--chat needs a --prompt"),
+        (["--workdir=RUN", "--chat", "--prompt=a"], "is a pre-trained run, without a chat templat"),
         (["--workdir=RUN", "--num_samples=0"], "--num_samples=0"),
         (["--workdir=RUN", "--prompt=\udcff"], "--prompt is not UTF-8"),
         (["--workdir=RUN", "--temprature=1"], "Did you mean: temperature"),
@@ -168,6 +195,14 @@ finally:
     assert done.returncode == 0, done.stderr
     assert "python -m tools.generate --workdir=RUN" in done.stdout
     assert "--max_new_tokens: tokens to add at most (default: 128)" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(workdir):
+    command = [sys.executable, "-m", "tools.generate", f"--workdir={workdir}", "--max_new_tokens=9"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), len(err.splitlines())) == (0, 1), err
 
 
 def test_the_command_line_ends_with_the_status():

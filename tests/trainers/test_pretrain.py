@@ -19,8 +19,8 @@ from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.trainers import pretrain
-from llm_jax.trainers.base import EvaluationConfig, SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig
+from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 SMALL = {"embed_dim": 32, "num_layers": 2, "num_heads": 2, "mlp_dim": 64, "max_length": 128}
 FROZEN = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
@@ -108,7 +108,7 @@ def test_a_phase_decides_rope_length_and_evaluations(build):
 
 
 def test_the_needle_is_evaluated_where_the_config_says_so(build):
-    trainer, _ = build(evaluation=EvaluationConfig(needle=True, needle_depths=2),
+    trainer, _ = build(evaluation=PretrainEvaluationConfig(needle=True, needle_depths=2),
                        phases=(PhaseConfig(length=64, batch=8, steps=2),))  # fmt: skip
     names = [evaluation.name for evaluation in trainer.setting(trainer.phases[0]).evaluations]
     assert names == ["validation", "needle"]

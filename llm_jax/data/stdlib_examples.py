@@ -1,0 +1,142 @@
+"""The embedded examples: questions about the standard library, answered by its docstrings.
+
+Instructions ask what a function, method or class does (its docstring's first paragraph), what kind
+of thing it is, and how many arguments it takes. Preferences set the true answer to "what does it
+do" against a worse one. As in `stdlib`, all is read as text and nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llm_jax.data.stdlib import documented_objects, stdlib_documents
+
+# Part of every cache key: raise it when the rows of an unchanged installation change.
+EXAMPLES_VERSION = 1
+
+_SHORTEST, _LONGEST = 16, 160  # characters of a summary
+_COUNTS = ("no arguments", "one argument", "two arguments", "three arguments", "four arguments")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Object:
+    """name: its qualified name with the module's. signature: the name with its arguments or bases.
+    kind: "function", "method" or "class". arguments: how many, without self or cls; None for
+    classes. summary: the first paragraph of its docstring. split_text: see `_objects`."""
+
+    name: str
+    signature: str
+    kind: str
+    arguments: int | None
+    summary: str
+    split_text: str
+
+
+def instruction_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
+    """{"prompt", "completion", "split_text"}: two questions on every documented object.
+
+    `split_text` is the document of the embedded corpus that the docstring stands in, so at an equal
+    fraction the held-out questions are on documents that pre-training has held out, too.
+    """
+    for object_ in _objects(folder):
+        prompts = {f"What does {object_.signature} do?": object_.summary}
+        short = f"Is {object_.name} a function, a method or a class?"
+        if object_.arguments is not None and random.Random(object_.name).random() < 0.5:
+            counts = (*_COUNTS, "more than four arguments")
+            short = f"How many arguments does {object_.signature} take?"
+            prompts[short] = f"It takes {counts[min(object_.arguments, len(_COUNTS))]}."
+        else:
+            prompts[short] = f"It is a {object_.kind}."
+        for prompt, completion in prompts.items():
+            yield {
+                "prompt": prompt,
+                "completion": completion,
+                "split_text": object_.split_text,
+            }
+
+
+def preference_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
+    """{"prompt", "chosen", "rejected", "strength", "split_text"}: a pair on every object.
+
+    The rejected answer is, from the largest difference to the smallest: the summary with its words
+    shuffled ("significantly better"), one that stammers ("better"), one that breaks off ("slightly
+    better"), or the summary of something else ("negligibly better": it is as well written, and
+    only knowledge tells it from the right one).
+    """
+    objects = list(_objects(folder))
+    for object_ in objects:
+        chance = random.Random(object_.signature)
+        strength = chance.choices(list(_WORSE), [share for share, _ in _WORSE.values()])[0]
+        other = chance.choice(objects).summary
+        rejected = _WORSE[strength][1](chance, object_.summary, other)
+        if rejected != object_.summary:
+            yield {
+                "prompt": f"What does {object_.signature} do?",
+                "chosen": object_.summary,
+                "rejected": rejected,
+                "strength": strength,
+                "split_text": object_.split_text,
+            }
+
+
+def _shuffled(chance: random.Random, summary: str, other: str) -> str:
+    words = summary.split()
+    chance.shuffle(words)
+    return " ".join(words)
+
+
+def _stammered(chance: random.Random, summary: str, other: str) -> str:
+    words = summary.split()
+    at = chance.randrange(len(words))
+    return " ".join([*words[: at + 1], *[words[at]] * chance.randint(2, 4), *words[at + 1 :]])
+
+
+def _broken_off(chance: random.Random, summary: str, other: str) -> str:
+    words = summary.split()
+    return " ".join(words[: chance.randint(1, max(1, len(words) * 2 // 3))])
+
+
+def _of_another(chance: random.Random, summary: str, other: str) -> str:
+    return other
+
+
+# Strength → (share of the pairs, how the worse answer is made).
+_WORSE: dict[str, tuple[float, Callable[[random.Random, str, str], str]]] = {
+    "significantly better": (0.35, _shuffled),
+    "better": (0.3, _stammered),
+    "slightly better": (0.25, _broken_off),
+    "negligibly better": (0.1, _of_another),
+}
+
+
+def _objects(folder: Path | None) -> Iterator[_Object]:
+    """Every documented object whose summary is of moderate length and is no other's as well."""
+    documents: dict[str, list[str]] = {}
+    for document in stdlib_documents(folder):
+        documents.setdefault(document.name.partition("#")[0], []).append(document.text)
+    seen: set[str] = set()
+    for module, heading, node, docstring in documented_objects(folder):
+        summary = " ".join(docstring.strip().split("\n\n")[0].split())
+        if not _SHORTEST <= len(summary) <= _LONGEST or summary in seen:
+            continue
+        seen.add(summary)
+        parts = documents.get(f"documentation/{module}", [""])
+        part = next((text for text in parts if f"{heading}\n\n" in text), parts[0])
+        yield _describe(module, heading, node, summary, part)
+
+
+def _describe(module: str, heading: str, node: ast.AST, summary: str, part: str) -> _Object:
+    bare = heading.removeprefix("class ")
+    qualified = bare.partition("(")[0]
+    kind, arguments = "class", None
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        named = node.args
+        every = [*named.posonlyargs, *named.args, *named.kwonlyargs, named.vararg, named.kwarg]
+        names = [argument.arg for argument in every if argument is not None]
+        kind = "method" if names[:1] in (["self"], ["cls"]) else "function"
+        arguments = len(names) - (kind == "method")
+    return _Object(f"{module}.{qualified}", f"{module}.{bare}", kind, arguments, summary, part)

@@ -1,0 +1,138 @@
+"""Answers generated to held-out prompts, against the true ones: exact match and token F1."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_jax.data.store import TokenStore
+from llm_jax.data.tokenizer_base import Tokenizer
+from llm_jax.generation.decoding import Generation
+from llm_jax.types import Batch
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerExamples:
+    """prompts: token ids of each. answers: the true answers as text."""
+
+    prompts: list[list[int]]
+    answers: list[str]
+
+
+def answer_examples(
+    store: TokenStore, tokenizer: Tokenizer, count: int, longest_prompt: int
+) -> AnswerExamples:
+    """The last answers of at most `count` conversations, spread evenly over the store; each with
+    all that stands before it as its prompt. Conversations with longer prompts are passed over."""
+    assert store.trained is not None
+    spans = []  # where prompt, answer and end of a conversation begin in the store
+    for begin, end in zip(store.offsets[:-1], store.offsets[1:], strict=True):
+        trained = np.flatnonzero(store.trained[begin:end])
+        if len(trained):
+            gaps = np.flatnonzero(np.diff(trained) > 1)  # before each answer but the first
+            first = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+            # A text that is answer from its first word on is nobody's question.
+            if 1 < first <= longest_prompt:
+                spans.append((begin, begin + first, begin + int(trained[-1]) + 1))
+    count = min(count, len(spans))
+    chosen = [spans[place * len(spans) // count] for place in range(count)]
+    return AnswerExamples(
+        prompts=[store.tokens[begin:answer].tolist() for begin, answer, _ in chosen],
+        answers=[tokenizer.decode(store.tokens[answer:end]) for _, answer, end in chosen],
+    )
+
+
+def evaluate_answers(
+    generate: Callable[[Any, Sequence[Sequence[int]]], Generation],
+    token_nats: Callable[[Any, Batch], Any],
+    params: Any,
+    tokenizer: Tokenizer,
+    examples: AnswerExamples,
+    answer_after: str | None = None,
+) -> dict[str, float]:
+    """Measures a model on answers that it generates itself.
+
+    Args:
+      generate: `(params, prompts) → Generation`, at temperature 0 or 1.
+      token_nats: jitted, `(params, batch) → float32 [batch, time]`, −log p of each target.
+      examples: at least one.
+      answer_after: what counts of an answer is the text after the last of these; None = all.
+
+    Returns:
+      exact_match: the share of answers equal to the true ones after `normalise`.
+      token_f1: the mean of `token_f1`.
+      finished: the share of answers that ended by themselves.
+      sampling_logprob_difference: the largest difference between the sampler's log-probability of a
+        token and that of a forward pass over prompt and answer; anything but rounding is an error.
+    """
+    made = generate(params, examples.prompts)
+    answers = [
+        tokenizer.decode(row[:length])
+        for row, length in zip(made.tokens, made.lengths, strict=True)
+    ]
+    pairs = [
+        (_counted(found, answer_after), _counted(wanted, answer_after))
+        for found, wanted in zip(answers, examples.answers, strict=True)
+    ]
+    return {
+        "exact_match": float(np.mean([normalise(found) == normalise(w) for found, w in pairs])),
+        "token_f1": float(np.mean([token_f1(found, wanted) for found, wanted in pairs])),
+        "finished": float(np.mean(made.stopped)),
+        "sampling_logprob_difference": _largest_difference(token_nats, params, examples, made),
+    }
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation, articles and surplus space (Rajpurkar et al. 2016, SQuAD)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def token_f1(found: str, wanted: str) -> float:
+    """The harmonic mean of precision and recall over the words of the normalised texts."""
+    found_words, wanted_words = normalise(found).split(), normalise(wanted).split()
+    if not found_words or not wanted_words:
+        return float(found_words == wanted_words)
+    shared = sum((collections.Counter(found_words) & collections.Counter(wanted_words)).values())
+    return 2 * shared / (len(found_words) + len(wanted_words))
+
+
+def _counted(text: str, answer_after: str | None) -> str:
+    if answer_after is None:
+        return text
+    return text.rpartition(answer_after)[2] if answer_after in text else ""
+
+
+def _largest_difference(
+    token_nats: Callable[[Any, Batch], Any],
+    params: Any,
+    examples: AnswerExamples,
+    made: Generation,
+) -> float:
+    longest = max(map(len, examples.prompts)) + made.tokens.shape[1]
+    tokens = np.zeros((len(examples.prompts), -(-longest // 32) * 32), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, (prompt, length) in enumerate(zip(examples.prompts, made.lengths, strict=True)):
+        whole = [*prompt, *made.tokens[row, :length]]
+        tokens[row, : len(whole)], segments[row, : len(whole)] = whole, 1
+    batch = Batch(
+        tokens=tokens,
+        targets=np.pad(tokens[:, 1:], [(0, 0), (0, 1)]),
+        loss_weights=segments.astype(np.float32),
+        segment_ids=segments,
+        positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy(),
+    )
+    nats = np.asarray(token_nats(params, batch))
+    differences = [
+        np.abs(made.logprobs[row, :length] + nats[row, len(prompt) - 1 :][:length]).max(initial=0)
+        for row, (prompt, length) in enumerate(zip(examples.prompts, made.lengths, strict=True))
+    ]
+    return float(max(differences))

@@ -1,0 +1,108 @@
+"""Direct preference optimisation and its variants, on comparisons, offline."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax import sharding
+from llm_jax.data.preferences import PreferenceRows
+from llm_jax.errors import UserError
+from llm_jax.evals.preferences import evaluate_objective
+from llm_jax.models import LanguageModel, lora
+from llm_jax.objectives import dpo
+from llm_jax.step import Objective
+from llm_jax.trainers import foundation, preference
+from llm_jax.trainers.base import Evaluation, Trainer
+from llm_jax.trainers.reference import Reference
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig(preference.PreferenceConfig):
+    """The config of `trainer = "dpo"`."""
+
+    trainer: str = "dpo"
+    loss: dpo.LossConfig = dpo.LossConfig()
+
+
+def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], None]) -> Trainer:
+    """Reads the comparisons, makes the reference's log-probabilities, and wires the stage.
+
+    Raises:
+      UserError: whatever in the config or the data does not fit, before anything is written to
+        `workdir`.
+    """
+    variant = dpo.VARIANTS[config.loss.variant]
+    _check(config, variant)
+    ground = preference.lay(config, mesh, workdir, log)
+    reference: Reference | None = None
+    if variant.needs_reference and config.loss.reference == "precomputed":
+        reference = Reference(config, ground)
+        ground = dataclasses.replace(ground, more_meta=reference.meta)
+
+    def evaluations(
+        model: LanguageModel, objective: Objective, rows: PreferenceRows, batch: int
+    ) -> tuple[Evaluation, ...]:
+        run = functools.partial(
+            _evaluate, _jit(mesh, objective), rows, batch, config.evaluation.rows
+        )
+        return (Evaluation("validation", run),)
+
+    wiring = preference.Wiring(
+        attach=(lambda rows: None) if reference is None else reference.attach,
+        objective=lambda model: dpo.make_objective(
+            model, config.loss, _base if config.loss.reference == "adapter_off" else None
+        ),
+        evaluations=evaluations,
+        sample=foundation.chat_sample(ground),
+        whole_batch=variant.whole_batch,
+    )
+    return preference.build(ground, "unpaired" if variant.unpaired else "pairs", wiring)
+
+
+def _check(config: DPOConfig, variant: dpo.Variant) -> None:
+    if variant.needs_reference and config.init_from is None:
+        raise UserError(
+            f"config.loss.variant={config.loss.variant!r} compares with the model that it starts "
+            "from: name its run by config.init_from."
+        )
+    if config.loss.reference == "adapter_off" and config.model.lora is None:
+        raise UserError(
+            "config.loss.reference='adapter_off' needs config.model.lora: without adapters there "
+            "is nothing to switch off."
+        )
+    if variant.whole_batch and config.step.micro_batch_tokens is not None:
+        raise UserError(
+            f"config.loss.variant={config.loss.variant!r} compares the rows of a batch with one "
+            "another, so config.step.micro_batch_tokens must be left out."
+        )
+
+
+def _base(params: Any) -> Any:
+    return lora.split(params)[1]
+
+
+def _jit(mesh: Mesh, objective: Objective) -> Callable[[Any, Any], Any]:
+    """The objective without dropout, for host batches."""
+    rows = sharding.batch_sharding(mesh)
+    jitted = jax.jit(
+        lambda params, batch: objective(params, batch, None),  # type: ignore[arg-type]
+        out_shardings=sharding.replicated(mesh),
+    )
+    return lambda params, batch: jitted(params, jax.device_put(batch, rows))
+
+
+def _evaluate(
+    objective: Callable[[Any, Any], Any],
+    rows: PreferenceRows,
+    batch: int,
+    max_rows: int,
+    params: Any,
+) -> dict[str, float]:
+    return evaluate_objective(objective, params, rows, batch, max_rows)

@@ -1,0 +1,354 @@
+"""What every stage stands on: tokenizer, architecture, template and weights, inherited or new."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax import checkpoint, sharding
+from llm_jax.config import build as build_dataclass
+from llm_jax.config import resolved
+from llm_jax.data.examples import Message
+from llm_jax.data.phases import Phase, plan
+from llm_jax.data.template_base import ChatTemplate
+from llm_jax.data.templates import load_template, make_template
+from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from llm_jax.errors import UserError
+from llm_jax.generation.generate import generate_texts
+from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models.config import check_length
+from llm_jax.models.size import adapter_count, flops_per_token, parameter_count
+from llm_jax.step import micro_batches
+from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
+from llm_jax.weights import (
+    Base,
+    fingerprint,
+    init_trained,
+    init_weights,
+    quantized,
+    read_base,
+    read_merged,
+    without_heads,
+)
+
+# The embedding table is padded to a multiple, so that a tensor axis divides it.
+VOCABULARY_MULTIPLE = 64
+DEFAULT_TEMPLATE = "chatml"
+
+# What a stage takes from its own config although the parameters come from a stage before it:
+# nothing here changes what the inherited parameters mean.
+RUNTIME_FIELDS = (
+    "dtype",
+    "remat",
+    "attention_backend",
+    "residual_dropout",
+    "attention_dropout",
+    "neftune_alpha",
+    "max_length",
+    "lora",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run inherits: from its own past, or from the stage before it.
+
+    is_own: whether it is the run's own checkpoint. step: of that checkpoint. lineage: the stages
+    before this one, oldest first.
+    """
+
+    run: Path
+    step: int
+    meta: dict[str, Any]
+    is_own: bool
+    lineage: tuple[dict[str, Any], ...]
+
+    @staticmethod
+    def find(config: RunConfig, workdir: Path) -> Origin | None:
+        """The run's own newest checkpoint, else `config.init_from`, else None."""
+        own = checkpoint.newest_meta(workdir)
+        if own is not None:
+            return Origin(workdir, *own, is_own=True, lineage=tuple(own[1]["lineage"]))
+        if config.init_from is None:
+            return None
+        run, step = checkpoint.locate(config.init_from)
+        meta = checkpoint.read_meta(run, step)
+        before = {"stage": meta["stage"], "run": str(run), "step": step}
+        return Origin(run, step, meta, is_own=False, lineage=(*meta["lineage"], before))
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}@{self.step}"
+
+    @property
+    def model(self) -> ModelConfig:
+        return build_dataclass(ModelConfig, self.meta["model"], "meta.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What is trained and what is not; see `Trainer` for the first three.
+
+    base: what adapters belong to, None without adapters.
+    """
+
+    init: Callable[[jax.Array], Any]
+    load: Callable[[Any], Any] | None
+    frozen: Any
+    base: Base | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Foundation:
+    """A stage's ground: everything that does not depend on its data or its loss.
+
+    more_meta: what the stage adds to the meta of its checkpoints.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    log: Callable[[str], None]
+    origin: Origin | None
+    tokenizer: Tokenizer
+    model: ModelConfig
+    template: ChatTemplate | None
+    heads: tuple[str, ...]
+    weights: Weights
+    more_meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def lineage(self) -> tuple[dict[str, Any], ...]:
+        return () if self.origin is None else self.origin.lineage
+
+    def phases(self, weights: Mapping[str, float], sequences: int = 1) -> tuple[Phase, ...]:
+        """The phases of the config, checked against the model and the mesh, and described."""
+        phases = plan(
+            self.config.phases, self.config.optimizer, self.model.rope, weights, sequences
+        )
+        for phase in phases:
+            check_length(self.model, phase.length)
+            self.micro_batches(phase)
+        trained = f"{parameter_count(self.model):,} parameters"
+        if self.model.lora is not None:
+            trained = f"{adapter_count(self.model):,} parameters in adapters of {trained}"
+        self.log(
+            f"{trained}, {flops_per_token(self.model, phases[0].length):,.0f} FLOPs a token at "
+            f"length {phases[0].length}, attention by {LanguageModel(self.model).backend}"
+        )
+        return phases
+
+    def micro_batches(self, phase: Phase) -> int:
+        length = phase.length * phase.sequences
+        return micro_batches(self.config.step, phase.batch, length, self.mesh)
+
+    def meta(self, model: ModelConfig, phase: Phase) -> dict[str, Any]:
+        """What the checkpoints of a phase say of themselves."""
+        meta: dict[str, Any] = {
+            "stage": self.config.trainer,
+            "model": resolved(model),
+            "length": phase.length,
+            "lineage": list(self.lineage),
+            "heads": list(self.heads),
+        }
+        meta |= self.more_meta
+        if self.template is not None:
+            meta["template"] = self.template.describe()
+        if self.weights.base is not None:
+            meta["base"] = resolved(self.weights.base)
+        return meta
+
+    def jit(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Jits an evaluation's `(params, batch)`; host batches are split over the mesh."""
+        rows = sharding.batch_sharding(self.mesh)
+        jitted = jax.jit(function, out_shardings=rows)
+        return lambda params, batch: jitted(params, jax.device_put(batch, rows))
+
+    def trainer(
+        self,
+        phases: Sequence[Phase],
+        source: Source,
+        settings: Sequence[Setting],
+        data_fingerprint: str,
+    ) -> Trainer:
+        """The stage, wired; `settings` has one for each phase."""
+        return Trainer(
+            phases=tuple(phases),
+            init_params=self.weights.init,
+            load_params=self.weights.load,
+            frozen=self.weights.frozen,
+            source=source,
+            setting=lambda phase: settings[phase.index],
+            tokenizer=self.tokenizer,
+            data_fingerprint=data_fingerprint,
+            lineage=self.lineage,
+        )
+
+
+def chat_sample(ground: Foundation) -> Callable[[LanguageModel, Any], str] | None:
+    """`(model, params) → text`: question and answer, as `config.sample` says; None for none."""
+    settings = ground.config.sample
+    if not settings.max_new_tokens:
+        return None
+    assert ground.template is not None
+    question = (Message("user", settings.prompt),)
+    prompt = ground.template.render_prompt(question, (), ground.tokenizer)
+    stop_ids = ground.template.stop_ids(ground.tokenizer)
+
+    def sample(model: LanguageModel, params: Any) -> str:
+        (answer,) = generate_texts(
+            model,
+            params,
+            ground.tokenizer,
+            [prompt],
+            max_new_tokens=settings.max_new_tokens,
+            sampler=SamplerConfig(temperature=settings.temperature, top_p=settings.top_p),
+            rng=jax.random.key(ground.config.seed),
+            stop_ids=stop_ids,
+        )
+        return f"{settings.prompt}\n{answer}"
+
+    return sample
+
+
+def lay(
+    config: Any,
+    mesh: Mesh,
+    workdir: Path,
+    log: Callable[[str], None],
+    make_tokenizer: Callable[[], Tokenizer],
+    *,
+    template: str | None = None,
+    chats: bool = False,
+    heads: tuple[str, ...] = (),
+) -> Foundation:
+    """Finds what the stage inherits and makes what it does not.
+
+    Args:
+      config: a RunConfig with the section `model`.
+      make_tokenizer: called where no tokenizer is inherited.
+      template: the chat template that the config names; None = the inherited one or the default.
+      chats: whether the stage has a template at all.
+      heads: heads that the stage adds to the model; one that its origin has is kept.
+
+    Raises:
+      UserError: an origin that cannot be read, or that does not fit.
+    """
+    origin = Origin.find(config, workdir)
+    tokenizer = make_tokenizer() if origin is None else load_tokenizer(origin.run / "tokenizer")
+    model = _model(config.model, origin, tokenizer, log)
+    return Foundation(
+        config=config,
+        mesh=mesh,
+        log=log,
+        origin=origin,
+        tokenizer=tokenizer,
+        model=model,
+        template=_template(template, origin) if chats else None,
+        heads=heads,
+        weights=_weights(config, mesh, origin, model, heads),
+    )
+
+
+def _model(
+    asked: ModelConfig, origin: Origin | None, tokenizer: Tokenizer, log: Callable[[str], None]
+) -> ModelConfig:
+    """The architecture: inherited where there is an origin, else as the config says."""
+    if origin is not None:
+        model = dataclasses.replace(
+            origin.model, **{name: getattr(asked, name) for name in RUNTIME_FIELDS}
+        )
+        if not origin.is_own:
+            default, wanted, taken = (resolved(m) for m in (ModelConfig(), asked, model))
+            ignored = [key for key in taken if wanted[key] not in (taken[key], default[key], None)]
+            note = f"; config.model gives way in {', '.join(ignored)}" if ignored else ""
+            log(f"parameters, architecture and tokenizer come from {origin.name}{note}")
+        return model
+    if asked.vocab_size is None:
+        padded = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return dataclasses.replace(asked, vocab_size=padded)
+    if asked.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and config.model.vocab_size is "
+            f"{asked.vocab_size}: raise it, or leave it out to take the tokenizer's."
+        )
+    return asked
+
+
+def _template(asked: str | None, origin: Origin | None) -> ChatTemplate:
+    inherited = None if origin is None else origin.meta.get("template")
+    if inherited is not None and (asked is None or (origin is not None and origin.is_own)):
+        return load_template(inherited)
+    return make_template(asked or DEFAULT_TEMPLATE)
+
+
+def _weights(
+    config: Any, mesh: Mesh, origin: Origin | None, model: ModelConfig, heads: tuple[str, ...]
+) -> Weights:
+    """Decides what is trained, what is frozen, and where both come from."""
+    if model.lora is None:
+        if config.quantize_base is not None:
+            raise UserError("config.quantize_base needs config.model.lora: only a base is frozen.")
+        init = functools.partial(init_weights, model, heads)
+        if origin is None or origin.is_own:
+            return Weights(init, None, None)
+
+        def inherit() -> Any:
+            whole = read_merged(origin.run, origin.step, mesh)[1]
+            return {**without_heads(whole), **_only(whole, heads)}
+
+        return Weights(init, functools.partial(_load, inherit, init, config.seed), None)
+    if origin is None:
+        raise UserError(
+            "config.model.lora adapts a trained model: name its run by config.init_from, or leave "
+            "config.model.lora out."
+        )
+    if origin.is_own:
+        base = build_dataclass(Base, origin.meta["base"], "meta.base")
+        frozen, inherited = read_base(base, mesh, beside=origin.run), {}
+    else:
+        whole = read_merged(origin.run, origin.step, mesh)[1]
+        weights, inherited = without_heads(whole), _only(whole, heads)
+        base = Base(str(origin.run), origin.step, fingerprint(weights), config.quantize_base)
+        frozen = quantized(weights, config.quantize_base)
+    init = functools.partial(init_trained, model, heads, base=frozen)
+    load = functools.partial(_load, lambda: inherited, init, config.seed) if inherited else None
+    return Weights(init, load, frozen, base)
+
+
+def _only(weights: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: weights[name] for name in names if name in weights}
+
+
+def _load(
+    inherit: Callable[[], Any], init: Callable[[jax.Array], Any], seed: int, abstract: Any
+) -> Any:
+    """What is inherited, with what is new beside it; checked against `abstract`, strictly.
+
+    Raises:
+      UserError: the inherited parameters are others than the model's.
+    """
+    params = inherit()
+    new = abstract.keys() - params.keys()
+    if new:
+        shardings = jax.tree.map(lambda x: x.sharding, {name: abstract[name] for name in new})
+        make = jax.jit(lambda rng: _only(sharding.unbox(init(rng)), tuple(new)),
+                       out_shardings=shardings)  # fmt: skip
+        params = {**params, **make(jax.random.key(seed))}
+    wanted, found = (
+        {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (abstract, params)
+    )
+    if wanted != found:
+        name = next(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        raise UserError(
+            f"the inherited parameters do not fit the model: {name} is {found.get(name)}, and "
+            f"{wanted.get(name)} is wanted."
+        )
+    return params

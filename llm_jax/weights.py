@@ -1,0 +1,154 @@
+"""The weights of a run, whole: the checkpoint's own, and the base that its adapters belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llm_jax import checkpoint, sharding
+from llm_jax.config import build
+from llm_jax.errors import UserError
+from llm_jax.models import LanguageModel, ModelConfig, lora
+from llm_jax.models.heads import REWARD, init_reward_head
+from llm_jax.models.quantize import quantize
+from llm_jax.types import join
+
+Quantization = Literal["int8", "nf4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a run's adapters belong to, as its checkpoints' meta names it.
+
+    run, step: the checkpoint. fingerprint: of its weights. quantized: how the base is held.
+    """
+
+    run: str
+    step: int
+    fingerprint: str
+    quantized: Quantization | None = None
+
+
+def init_weights(config: ModelConfig, heads: Sequence[str], rng: jax.Array) -> Any:
+    """Random weights of a model without adapters, and of its heads, in `sharding.Named` boxes."""
+    model_rng, head_rng = jax.random.split(rng)
+    model = LanguageModel(dataclasses.replace(config, lora=None))
+    # A model without heads begins alike whether heads exist or not.
+    weights = model.init(model_rng if heads else rng)
+    return {**weights, **(init_reward_head(head_rng, config.embed_dim) if REWARD in heads else {})}
+
+
+def abstract(mesh: Mesh, boxed: Any) -> Any:
+    """Shapes with shardings of a tree of boxes, such as `read_params` wants."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        sharding.unbox(boxed),
+        sharding.parameter_shardings(mesh, boxed),
+    )
+
+
+def read_weights(run: str | Path, step: int, mesh: Mesh) -> tuple[ModelConfig, Any]:
+    """The model of a checkpoint and all its weights, on the mesh; adapters beside their kernels.
+
+    Raises:
+      UserError: the checkpoint, or the base of its adapters, is missing, damaged or another.
+    """
+    meta = checkpoint.read_meta(run, step)
+    config = build(ModelConfig, meta["model"], "meta.model")
+    heads = meta.get("heads", [])
+    if config.lora is None:
+        boxed = jax.eval_shape(lambda rng: init_weights(config, heads, rng), jax.random.key(0))
+        return config, checkpoint.read_params(run, step, abstract(mesh, boxed))
+    base = read_base(build(Base, meta["base"], "meta.base"), mesh, beside=Path(run))
+    boxed = jax.eval_shape(
+        lambda rng: init_trained(config, heads, rng, base=base), jax.random.key(0)
+    )
+    return config, join(checkpoint.read_params(run, step, abstract(mesh, boxed)), base)
+
+
+def init_trained(config: ModelConfig, heads: Sequence[str], rng: jax.Array, *, base: Any) -> Any:
+    """What a stage with adapters trains, in boxes: adapters and heads."""
+    adapter_rng, head_rng = jax.random.split(rng)
+    adapters = lora.init_adapters(adapter_rng, config, base)
+    head = init_reward_head(head_rng, config.embed_dim) if REWARD in heads else {}
+    return {**adapters, **head}
+
+
+def read_merged(run: str | Path, step: int, mesh: Mesh) -> tuple[ModelConfig, Any]:
+    """`read_weights` with adapters folded into their kernels; the config has none any more."""
+    config, weights = read_weights(run, step, mesh)
+    if config.lora is None:
+        return config, weights
+    return dataclasses.replace(config, lora=None), jax.jit(lora.merge, static_argnums=1)(
+        weights, config
+    )
+
+
+def read_base(base: Base, mesh: Mesh, beside: Path) -> Any:
+    """The weights that adapters belong to, without heads, quantised as they were trained on.
+
+    Args:
+      base: the record of the run with the adapters.
+      beside: that run; a base that has moved along with it is looked for in the folder beside it.
+
+    Raises:
+      UserError: no such run, or other weights than the adapters were trained on.
+    """
+    places = (Path(base.run), beside.absolute().parent / Path(base.run).name)
+    found = next((place for place in places if (place / "config.json").exists()), None)
+    if found is None:
+        raise UserError(
+            f"the adapters in {beside} belong to {base.run}, which is not there: put it back, or "
+            f"beside {beside}."
+        )
+    run, step = checkpoint.locate(f"{found}@{base.step}")
+    weights = without_heads(read_merged(run, step, mesh)[1])
+    if fingerprint(weights) != base.fingerprint:
+        raise UserError(
+            f"the adapters in {beside} belong to another base than {found}@{step}: its weights "
+            "have changed since."
+        )
+    return quantized(weights, base.quantized)
+
+
+def quantized(weights: Any, kind: Quantization | None) -> Any:
+    """The weights with their kernels quantised, or as they are."""
+    return weights if kind is None else jax.jit(quantize, static_argnums=1)(weights, kind)
+
+
+def without_heads(weights: Any) -> Any:
+    return {name: value for name, value in weights.items() if name != REWARD}
+
+
+def fingerprint(weights: Any) -> str:
+    """A hash of all values, names and shapes; the same on every mesh."""
+    digest = hashlib.sha256()
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(weights))
+    for (path, leaf), checksum in zip(
+        jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(sums), strict=True
+    ):
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        digest.update(np.asarray(checksum).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Two sums of a leaf's bits, each mixed with its place: uint32 [2]. Whole numbers add up to the
+    same in every order, so the sharding does not matter."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    sums = []
+    for factor in (0x9E3779B1, 0x85EBCA77):
+        mixed = (bits ^ (place * jnp.uint32(factor))) * jnp.uint32(0xC2B2AE3D)
+        sums.append(jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32))
+    return jnp.stack(sums)
