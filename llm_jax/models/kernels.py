@@ -69,13 +69,13 @@ def map_projections(
     """The tree with each projection's dict replaced by `function(where, layout, dict)`.
 
     `where` is the path of the module that holds the projection, such as "layer_0/attention". All
-    else stays as it is.
+    else stays as it is, the kernel of a reward head among it.
     """
 
     def replaced(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        if "kernel" in value:
+        if name in LAYOUTS and "kernel" in value:
             return function(path, LAYOUTS[name], value)
         return map_projections(function, value, f"{path}/{name}" if path else name)
 

@@ -346,20 +346,25 @@ def test_eight_devices_equal_one(kind, bits):
     assert_trees_close(moved_gradient, gradient, atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 4, 1), MeshConfig(4, 1, 2)], ids=["fsdp", "tensor"])
+def test_adapters_alone_fit_a_mesh_that_splits_half_of_them(mesh):
+    model, _ = make(KINDS["dora"], scan_layers=True)
+    boxed = jax.eval_shape(
+        lambda rng: init_adapters(rng, model.config, model.init(rng)), jax.random.key(0)
+    )
+    shardings = parameter_shardings(make_mesh(mesh, jax.devices()[:8]), boxed)
+    assert {x.is_fully_replicated for x in jax.tree.leaves(shardings)} == {False, True}
+
+
 def test_adapters_are_counted_by_themselves_and_flops_know_what_is_frozen():
     plain = dataclasses.replace(CONFIG, lora=None)
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=4, targets=("query", "down")))
     added = 2 * (4 * (32 + 32) + 4 * (48 + 32))
     assert parameter_count(config) == parameter_count(plain)
     assert (adapter_count(config), adapter_count(plain)) == (added, 0)
-    attention = flops_per_token(plain, 9) - 6 * matrices(plain)
-    expected = 4 * matrices(plain) + 6 * added + attention
-    assert flops_per_token(config, 9) == expected
-
-
-def matrices(config):
-    """Weights that a token is multiplied with: all but the norms' (tied embeddings count once)."""
-    return parameter_count(config) - 5 * 32
+    matrices = parameter_count(plain) - 5 * 32  # all but the norms; the tied table counts once
+    saved = 2 * matrices - 6 * added
+    assert flops_per_token(config, 9) == flops_per_token(plain, 9) - saved
 
 
 def test_optimiser_leaves_magnitudes_undecayed_and_gives_adapters_to_adam():

@@ -235,6 +235,11 @@ def test_boxes_name_the_dimensions_of_codes_and_scales():
     assert names("nf4") == (("layers", "embed", "head_dim"), ("layers", "embed"))
 
 
+def test_another_kernel_is_left_alone():
+    head = {"reward_head": {"kernel": jnp.ones((4, 1))}}
+    assert quantize(head, "int8")["reward_head"]["kernel"] is head["reward_head"]["kernel"]
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="quantization 'int4' is unknown"):
         quantize({}, "int4")
