@@ -22,7 +22,7 @@ def get_config(argument=None):
         DPOConfig,
         init_from="runs/sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
-        phases=(PhaseConfig(length=128, batch=16, steps=200),),
+        phases=(PhaseConfig(length=96, batch=16, steps=200),),
         optimizer=OptimizerConfig(
             learning_rate=1e-4, warmup_steps=20, schedule="linear", final_learning_rate_ratio=0.0
         ),

@@ -21,7 +21,7 @@ def get_config(argument=None):
         RewardConfig,
         init_from="runs/sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
-        phases=(PhaseConfig(length=128, batch=16, steps=400),),
+        phases=(PhaseConfig(length=96, batch=16, steps=400),),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=20, schedule="linear", final_learning_rate_ratio=0.0
         ),

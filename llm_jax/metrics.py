@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,12 +167,13 @@ class RunLog:
 def _evaluations(values: Mapping[str, float]) -> Iterator[str]:
     """A line for each evaluation, `KEY_stderr` as the ± of `KEY`.
 
-    Deeper keys, such as the loss by position, are left out.
+    Keys that end in a number, such as the loss by position, are left out: they make a curve.
     """
     lines: dict[str, list[str]] = {}
     for key, value in values.items():
-        parts = key.split("/")
-        if len(parts) == 3 and parts[0] == "eval" and not key.endswith("_stderr"):
+        parts = key.split("/", 2)
+        is_curve = re.search(r"/[\d.]+$", key) is not None
+        if parts[0] == "eval" and not is_curve and not key.endswith("_stderr"):
             error = values.get(f"{key}_stderr")
             spread = "" if error is None else f" ± {error:.2g}"
             lines.setdefault(parts[1], []).append(f"{parts[2]} {value:.4g}{spread}")

@@ -106,10 +106,10 @@ def _of_another(chance: random.Random, summary: str, other: str) -> str:
 
 # Strength → (share of the pairs, how the worse answer is made).
 _WORSE: dict[str, tuple[float, Callable[[random.Random, str, str], str]]] = {
-    "significantly better": (0.35, _shuffled),
-    "better": (0.3, _stammered),
-    "slightly better": (0.25, _broken_off),
-    "negligibly better": (0.1, _of_another),
+    "significantly better": (0.34, _shuffled),
+    "better": (0.32, _stammered),
+    "slightly better": (0.28, _broken_off),
+    "negligibly better": (0.06, _of_another),
 }
 
 

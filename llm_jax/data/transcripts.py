@@ -169,8 +169,7 @@ def _function(value: Any, what: str) -> Fields:
 
 def _tool(fields: Fields, calls: list[tuple[Any, str]]) -> str | None:
     """The tool that a turn answers for: as it says, else that of its call, else the next one's."""
-    wanted = fields.get("tool_call_id")
-    named = [call for call in calls if wanted is not None and call[0] == wanted]
+    named = [call for call in calls if call[0] == fields.get("tool_call_id")]
     answers = (named or calls)[:1]
     for call in answers:
         calls.remove(call)
@@ -186,7 +185,7 @@ def transcript_of(text: str) -> Turns:
     Raises:
       MalformedExample: the text starts otherwise.
     """
-    before, *parts = _SPEAKER.split(text.strip())
+    before, *parts = _SPEAKER.split(text)
     if before or not parts:
         raise MalformedExample("the transcript does not start with 'Human:' or 'Assistant:'")
     roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
@@ -197,7 +196,7 @@ def transcript_of(text: str) -> Turns:
 def is_transcript(value: Any) -> bool:
     """Whether a value is a dialogue of "Human:" and "Assistant:"."""
     is_text = isinstance(value, str) and "\n\nAssistant:" in value
-    return is_text and _SPEAKER.match(value.strip()) is not None
+    return is_text and _SPEAKER.match(value) is not None
 
 
 def shared_turns(first: Turns, second: Turns) -> tuple[Turns, Turns, Turns]:

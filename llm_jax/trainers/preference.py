@@ -33,7 +33,7 @@ class PreferenceEvaluationConfig(EvaluationConfig):
     """Held-out comparisons."""
 
     at_start: bool = True
-    rows: int = 256
+    rows: int = 512
 
 
 @dataclasses.dataclass(frozen=True)

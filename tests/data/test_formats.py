@@ -107,7 +107,8 @@ def test_values_tell_formats_of_the_same_fields_apart():
     assert detect({"chosen": talk, "rejected": talk}, "") == "hh_rlhf"
     assert detect({"chosen": talk, "rejected": talk, "prompt": None}, "") == "hh_rlhf"
     assert detect({"chosen": talk, "rejected": talk, "prompt": Q}, "") == "preference"
-    assert detect({"chosen": f"So: {talk}", "rejected": talk}, "") == "preference"
+    for other in (f"So: {talk}", f"Human: {Q}", None):
+        assert detect({"chosen": other, "rejected": talk}, "") == "preference"
     assert detect({"prompt": {"text": Q}, "completion": A}, "") == "openassistant"
     scored = [{"response": A, "overall_score": 1.0}]
     assert detect({"prompt": Q, "completions": scored, "response": A}, "") == "ranked"
@@ -182,7 +183,7 @@ def test_a_bad_first_row_decides_nothing(tmp_path):
     path = jsonl(tmp_path, [{"body": Q}, bad, {"instruction": Q, "response": A}])
     counts = ReadCounts()
     assert [e.messages for e in examples(path, counts=counts, malformed="skip")] == [QA]
-    assert counts.skipped == 2
+    assert counts.skipped == 2 and counts.first_skipped.startswith(f"{path}:1: ")
     message = error_of(path)
     assert f"{path}:1: the fields are those of no known format" in message and '{"body"' in message
 

@@ -151,6 +151,11 @@ def test_tool_calls_of_every_shape_become_one(call):
         assert parsed({"messages": messages, "tools": tools}) == [wanted]
 
 
+def test_a_turn_may_say_something_and_call():
+    (_, turn) = turns([*ASKED, said("assistant", A, tool_calls=[CALL])])
+    assert turn == assistant(A, tool_calls=(CALL,))
+
+
 def test_a_call_without_arguments_and_no_tools():
     for arguments in ("", None, {}):
         call = {"name": "now", "arguments": arguments}
@@ -270,6 +275,7 @@ def test_a_nested_tree_gives_the_best_ranked_dialogue_up_to_its_last_answer():
 def test_rows_of_a_tree_in_any_order_are_joined(tmp_path):
     best = (user(Q), assistant("better"), user("And?"), assistant("most liked"))
     rows = tree_rows("t") + list(reversed(tree_rows("u")))
+    assert {detect(row, "here") for row in rows} == {"openassistant"}
     path = jsonl(tmp_path, rows)
     assert [e.messages for e in examples(path)] == [best, best]
     assert [e.messages for e in examples(path, "openassistant")] == [best, best]
