@@ -1,7 +1,8 @@
 """Trains a reward model on comparisons, from a fine-tuned run.
 
     python -m llm_jax.main --config=configs/reward.py                   # after configs/sft.py
-    python -m llm_jax.main --config=configs/reward.py --config.init_from=RUN --config.data.source=F.jsonl
+    python -m llm_jax.main --config=configs/reward.py \\
+        --config.init_from=RUN --config.data.source=F.jsonl
 
 The default data set the docstring of a function against a mangled one, or another function's.
 """

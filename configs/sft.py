@@ -2,7 +2,8 @@
 
     python -m llm_jax.main --config=configs/sft.py                      # after configs/pretrain.py
     python -m llm_jax.main --config=configs/sft.py:lora=8               # adapters of rank 8 alone
-    python -m llm_jax.main --config=configs/sft.py --config.init_from=RUN --config.data.source=F.jsonl
+    python -m llm_jax.main --config=configs/sft.py \\
+        --config.init_from=RUN --config.data.source=F.jsonl
 
 The default data are questions about the standard library, answered by its docstrings.
 """

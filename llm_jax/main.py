@@ -123,8 +123,10 @@ def _check_keys(overrides: Sequence[str], leaves: dict[str, Any]) -> None:
             leaf for leaf in leaves if leaf.rpartition(".")[2] == last
         ]
         parent = path.rpartition(".")[0]
-        siblings = [leaf for leaf in leaves if leaf.startswith(f"{parent}.")] if parent else []
-        known = siblings or sorted({leaf.partition(".")[0].partition("[")[0] for leaf in leaves})
+        inside = f"{parent}." if parent else ""
+        siblings = [leaf.removeprefix(inside) for leaf in leaves if leaf.startswith(inside)]
+        names = siblings or list(leaves)
+        known = sorted({name.partition(".")[0].partition("[")[0] for name in names})
         hint = f"Did you mean config.{close[0]}?" if close else f"Known: {', '.join(known)}."
         raise UserError(f"the config has no key {path!r}. {hint}")
 

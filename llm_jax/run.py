@@ -5,33 +5,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from llm_jax import checkpoint, sharding
+from llm_jax.binding import binding
 from llm_jax.compilation import use_compilation_cache
-from llm_jax.config import build, digest, flatten, resolved
+from llm_jax.config import build, digest, resolved
 from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.metrics import RunLog
+from llm_jax.models.heads import REWARD
+from llm_jax.recipe import RECIPE, run_recipe
 from llm_jax.train import Outcome, train
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import RunConfig, Trainer
-
-# What a resumed run may change: none of it decides which batches or updates come next.
-FREE_TO_CHANGE = (
-    "mesh",
-    "step",
-    "checkpoint",
-    "metrics",
-    "evaluation",
-    "sample",
-    "profile",
-    "compilation_cache",
-    "data.cache_dir",
-)
-
 
 DISK_MEND = (
     "Mend that, or name another --workdir; the same command resumes from the last checkpoint."
@@ -47,11 +37,13 @@ def run(config: Any, workdir: str | Path) -> int:
     Raises:
       UserError: bad input; nothing that existed is harmed.
     """
+    if config.get("trainer", "") == RECIPE:
+        return run_recipe(config, Path(workdir), run)
     stage = TRAINERS.get(config.get("trainer", ""))
     if stage is None:
         name = config.get("trainer", None)
         raise UserError(
-            f"config.trainer={name!r} is no trainer.{did_you_mean(str(name), TRAINERS)}"
+            f"config.trainer={name!r} is no trainer.{did_you_mean(str(name), [*TRAINERS, RECIPE])}"
         )
     run_config = build(stage.config, config)
     workdir = Path(workdir)
@@ -69,7 +61,7 @@ def run(config: Any, workdir: str | Path) -> int:
         outcome = train(trainer, run_config, mesh, workdir, log)
         if jax.process_index() == 0:
             _write_result(workdir, run_config, trainer, outcome)
-        log.message(_farewell(workdir, outcome))
+        log.message(_farewell(workdir, trainer.heads, outcome))
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
@@ -97,8 +89,8 @@ def _finished(workdir: Path, config: RunConfig) -> bool:
         return False
     if checkpoint.latest_step(workdir) is None:
         return False  # it ended before its first checkpoint, so nothing binds the config
-    before = _binding(json.loads((workdir / "config.json").read_text()))
-    now = _binding(resolved(config))
+    before = binding(json.loads((workdir / "config.json").read_text()))
+    now = binding(resolved(config))
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if changed:
         key = changed[0]
@@ -109,14 +101,6 @@ def _finished(workdir: Path, config: RunConfig) -> bool:
         )
     result = workdir / "result.json"
     return result.exists() and json.loads(result.read_text())["status"] == "finished"
-
-
-def _binding(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-    }
 
 
 def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:
@@ -144,7 +128,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
         "parent": config.init_from,
         "lineage": list(trainer.lineage),
         "hashes": {
-            "config": digest(_binding(resolved(config))),
+            "config": digest(binding(resolved(config))),
             "data": trainer.data_fingerprint,
             "tokenizer": trainer.tokenizer.fingerprint,
         },
@@ -152,7 +136,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
     write_json(workdir / "result.json", result)
 
 
-def _farewell(workdir: Path, outcome: Outcome) -> str:
+def _farewell(workdir: Path, heads: Sequence[str], outcome: Outcome) -> str:
     minutes, seconds = divmod(round(outcome.seconds), 60)
     total = f"{outcome.step:,} steps, {outcome.tokens:,} tokens in {minutes} min {seconds} s"
     if outcome.signal is not None:
@@ -161,5 +145,10 @@ def _farewell(workdir: Path, outcome: Outcome) -> str:
     if outcome.sample:
         lines.append(f"sample: {outcome.sample!r}")
     lines.append(f"curves:   tensorboard --logdir {workdir}")
-    lines.append(f"generate: python -m tools.generate --workdir={workdir} --prompt='...'")
+    if REWARD in heads:
+        lines.append(
+            f"score:    python -m tools.score --workdir={workdir} --input=... --output=..."
+        )
+    else:
+        lines.append(f"generate: python -m tools.generate --workdir={workdir} --prompt='...'")
     return "\n".join(lines)

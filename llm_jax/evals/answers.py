@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizer_base import Tokenizer
+from llm_jax.evals.batching import sequence_batch
 from llm_jax.generation.decoding import Generation
 from llm_jax.types import Batch
 
@@ -117,19 +118,11 @@ def _largest_difference(
     examples: AnswerExamples,
     made: Generation,
 ) -> float:
-    longest = max(map(len, examples.prompts)) + made.tokens.shape[1]
-    tokens = np.zeros((len(examples.prompts), -(-longest // 32) * 32), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, (prompt, length) in enumerate(zip(examples.prompts, made.lengths, strict=True)):
-        whole = [*prompt, *made.tokens[row, :length]]
-        tokens[row, : len(whole)], segments[row, : len(whole)] = whole, 1
-    batch = Batch(
-        tokens=tokens,
-        targets=np.pad(tokens[:, 1:], [(0, 0), (0, 1)]),
-        loss_weights=segments.astype(np.float32),
-        segment_ids=segments,
-        positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy(),
-    )
+    whole = [
+        [*prompt, *row[:length].tolist()]
+        for prompt, row, length in zip(examples.prompts, made.tokens, made.lengths, strict=True)
+    ]
+    batch = sequence_batch(whole, -(-max(map(len, whole)) // 32) * 32)
     nats = np.asarray(token_nats(params, batch))
     differences = [
         np.abs(made.logprobs[row, :length] + nats[row, len(prompt) - 1 :][:length]).max(initial=0)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.errors import UserError
+from llm_jax.types import Batch
 
 
 class BatchRows(Protocol):
@@ -42,6 +43,24 @@ def padded_batches(
         batch = jax.tree.map(lambda *arrays: np.stack(arrays), *[rows[i] for i in chosen])
         missing = batch_size - len(chosen)
         yield chosen, jax.tree.map(lambda a, n=missing: _pad_rows(a, n), batch)
+
+
+def sequence_batch(sequences: Sequence[Sequence[int]], length: int) -> Batch:
+    """Token lists as a Batch of numpy arrays [sequences, length], one a row, padded at the right.
+
+    Every token but a row's first is a target; the weight of the last position of each is 0.
+    """
+    tokens, targets, segments = np.zeros((3, len(sequences), length), np.int32)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        targets[row, : max(len(ids) - 1, 0)] = ids[1:]
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=np.pad(segments[:, 1:], [(0, 0), (0, 1)]).astype(np.float32),
+        segment_ids=segments,
+        positions=np.tile(np.arange(length, dtype=np.int32), (len(sequences), 1)),
+    )
 
 
 def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:

@@ -128,7 +128,8 @@ class Trainer:
     init_params: `(rng) → tree of sharding.Named`, of what is trained. load_params: the same from
     the stage before in the given shardings, or None for a start from scratch. frozen: what the
     model needs beside it, on the mesh; None = nothing. data_fingerprint: a hash of all documents.
-    lineage: stage, run and step of each stage before this one, oldest first.
+    heads: the heads that the model has. lineage: of each stage before this one, oldest first, its
+    stage, run, step, and the hash of its config.
     """
 
     phases: tuple[Phase, ...]
@@ -139,4 +140,5 @@ class Trainer:
     tokenizer: Tokenizer
     data_fingerprint: str
     frozen: Any = None
+    heads: tuple[str, ...] = ()
     lineage: tuple[dict[str, Any], ...] = ()

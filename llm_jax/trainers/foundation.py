@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax import checkpoint, sharding
+from llm_jax.binding import binding_digest
 from llm_jax.config import build as build_dataclass
 from llm_jax.config import resolved
 from llm_jax.data.examples import Message
@@ -80,7 +81,12 @@ class Origin:
             return None
         run, step = checkpoint.locate(config.init_from)
         meta = checkpoint.read_meta(run, step)
-        before = {"stage": meta["stage"], "run": str(run), "step": step}
+        before = {
+            "stage": meta["stage"],
+            "run": str(run),
+            "step": step,
+            "config": binding_digest(run),
+        }
         return Origin(run, step, meta, is_own=False, lineage=(*meta["lineage"], before))
 
     @property
@@ -187,6 +193,7 @@ class Foundation:
             setting=lambda phase: settings[phase.index],
             tokenizer=self.tokenizer,
             data_fingerprint=data_fingerprint,
+            heads=self.heads,
             lineage=self.lineage,
         )
 

@@ -127,7 +127,7 @@ def test_documents_without_a_pair_leave_no_trace():
     [
         ([5], 0, "best_fit", "length positive"),
         ([5], 4, "first_fit", "concatenate, best_fit"),
-        ([1, 1], 4, "concatenate", "no text"),
+        ([1, 1], 4, "concatenate", "nothing is left to train on"),
     ],
 )
 def test_bad_input_is_one_clear_line(sizes, length, how, message):

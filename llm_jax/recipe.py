@@ -1,0 +1,108 @@
+"""A recipe: stages that run one after another, each in its own folder under one workdir."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from llm_jax.binding import binding_digest
+from llm_jax.errors import UserError
+from llm_jax.metrics import read_metrics_file
+
+RECIPE = "recipe"  # what `config.trainer` says
+_STAGES = "stages"  # the order in which they run
+
+# What the report shows of each stage's evaluations, where it is measured.
+_SHOWN = (
+    "bits_per_byte",
+    "loss",
+    "exact_match",
+    "token_f1",
+    "accuracy",
+    "calibration_error",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+)
+
+
+def recipe(**stages: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a recipe: stages by name, in their order.
+
+    A stage whose `init_from` is the name of one before it starts from that one's folder. Every leaf
+    of every stage can be overridden: --config.sft.optimizer.learning_rate=1e-4.
+    """
+    return ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
+
+
+def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> int:
+    """Runs the stages with `run(config, workdir)`; those that are finished are left alone.
+
+    Returns:
+      The exit status: 0 when all stages are finished, else that of the one that was stopped.
+
+    Raises:
+      UserError: a stage that cannot run, or that was made from another version of the one before.
+    """
+    names = tuple(config[_STAGES])
+    for number, name in enumerate(names, start=1):
+        print(f"stage {number} of {len(names)}: {name}, in {workdir / name}", flush=True)
+        stage = copy.deepcopy(config[name])
+        if stage.get("init_from") in names:
+            stage.init_from = str(workdir / stage.init_from)
+        status = run(stage, workdir / name)
+        if status:
+            return status
+        _check_parent(workdir / name)
+    report = describe({name: workdir / name for name in names})
+    (workdir / "report.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}\nreport: {workdir / 'report.md'}", flush=True)
+    return 0
+
+
+def _check_parent(folder: Path) -> None:
+    """Refuses a finished stage whose parent has been made anew with another config since."""
+    lineage = _result(folder)["lineage"]
+    if not lineage:
+        return
+    parent = Path(lineage[-1]["run"])
+    if (parent / "config.json").exists() and binding_digest(parent) != lineage[-1]["config"]:
+        raise UserError(
+            f"{folder} was made from {parent} before that was made anew with another config: "
+            f"delete {folder} to make it again, too."
+        )
+
+
+def describe(folders: Mapping[str, Path]) -> str:
+    """A Markdown table of stages: what they cost, and their held-out figures, first and last."""
+    lines = [
+        "| stage | steps | tokens | seconds | held out, from the first evaluation to the last |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, folder in folders.items():
+        result = _result(folder)
+        figures = "; ".join(_figures(read_metrics_file(folder / "metrics.jsonl")))
+        lines.append(
+            f"| {name} | {result['step']:,} | {result['tokens']:,} | {result['seconds']:.0f} "
+            f"| {figures} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _figures(records: list[dict[str, float]]) -> list[str]:
+    series: dict[str, list[float]] = {}
+    for record in records:
+        for key, value in record.items():
+            parts = key.split("/", 2)
+            if parts[0] == "eval" and len(parts) == 3 and parts[2] in _SHOWN:
+                series.setdefault(f"{parts[1]} {parts[2]}", []).append(value)
+    return [f"{key} {values[0]:.3f} → {values[-1]:.3f}" for key, values in series.items()]
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
