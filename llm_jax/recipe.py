@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,15 @@ def recipe(**stages: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     of every stage can be overridden: --config.sft.optimizer.learning_rate=1e-4.
     """
     return ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
+
+
+def load_config(path: Path, argument: str | None = None) -> ml_collections.ConfigDict:
+    """What `get_config` of another config file returns."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
 
 
 def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> int:

@@ -20,7 +20,13 @@ from rich.text import Text
 from llm_jax.data.examples import Conversation, Example
 from llm_jax.data.formats import read_examples
 from llm_jax.data.sources import SourceConfig
-from llm_jax.data.templates import ChatTemplate, Rendered, make_template
+from llm_jax.data.templates import (
+    DEFAULT_TEMPLATE,
+    ChatTemplate,
+    Rendered,
+    load_template,
+    make_template,
+)
 from llm_jax.data.tokenizers import Tokenizer, TokenizerConfig, make_tokenizer
 from llm_jax.errors import UserError
 from tools.cli import run_tool
@@ -38,20 +44,24 @@ def define_flags() -> flags.FlagValues:
         "format", None, "format of the examples; absent = the one they fit", flag_values=values
     )
     flags.DEFINE_string(
-        "template", "chatml", "chat template: a name, a Jinja file, or a folder", flag_values=values
+        "template",
+        None,
+        "chat template: a name, a Jinja file, or a folder; absent = that of the run, or chatml",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "tokenizer", None, "path of a tokenizer or run; absent = bytes", flag_values=values
     )
-    flags.DEFINE_string("workdir", None, "run whose tokenizer is taken", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "run whose tokenizer and template are taken", flag_values=values
+    )
     flags.DEFINE_integer("rows", 3, "examples to show", flag_values=values)
     return values
 
 
 def main(values: flags.FlagValues) -> None:
     _check(values)
-    template = make_template(values.template)
-    tokenizer = _tokenizer(values)
+    template, tokenizer = _template(values), _tokenizer(values)
     examples = read_examples(SourceConfig(source=values.data), values.format)
     # Rich knows of NO_COLOR, FORCE_COLOR and dumb terminals.
     console = Console(highlight=False, soft_wrap=True)
@@ -82,6 +92,16 @@ def _check(values: flags.FlagValues) -> None:
         raise UserError(f"--rows={values.rows} must be at least 1.")
     if values.tokenizer and values.workdir:
         raise UserError("--tokenizer and --workdir both name a tokenizer: give one of them.")
+
+
+def _template(values: flags.FlagValues) -> ChatTemplate:
+    if values.template is None and values.workdir is not None:
+        from llm_jax import checkpoint
+
+        meta = checkpoint.read_meta(*checkpoint.locate(values.workdir))
+        if "template" in meta:
+            return load_template(meta["template"])
+    return make_template(values.template or DEFAULT_TEMPLATE)
 
 
 def _tokenizer(values: flags.FlagValues) -> Tokenizer:

@@ -8,17 +8,17 @@ Each stage has its own folder under the workdir (runs/chat); a stage that is fin
 when the command is given again. At the end report.md says what each stage cost and brought.
 """
 
-from configs import dpo, pretrain, reward, sft
-from llm_jax.recipe import recipe
+from pathlib import Path
+
+from llm_jax.recipe import load_config, recipe
+
+CONFIGS = Path(__file__).parents[1]
 
 
 def get_config(argument=None):
-    stages = {
-        "pretrain": pretrain.get_config(argument),
-        "sft": sft.get_config(),
-        "reward": reward.get_config(),
-        "dpo": dpo.get_config(),
-    }
+    stages = {"pretrain": load_config(CONFIGS / "pretrain.py", argument)}
+    for name in ("sft", "reward", "dpo"):
+        stages[name] = load_config(CONFIGS / f"{name}.py")
     stages["sft"].init_from = "pretrain"
     stages["reward"].init_from = stages["dpo"].init_from = "sft"
     return recipe(**stages)

@@ -34,8 +34,8 @@ STRENGTHS = ("significantly better", "better", "slightly better", "negligibly be
 class ExampleConfig:
     """Which examples.
 
-    source: "stdlib:instructions" or "stdlib:preferences" (the embedded ones); a file, a folder, a
-      glob pattern, "hf:NAME" or a saved dataset, as for pre-training.
+    source: "stdlib:instructions", "stdlib:preferences" or "stdlib:safety" (the embedded ones); a
+      file, a folder, a glob pattern, "hf:NAME" or a saved dataset, as for pre-training.
     format: of the rows, see `formats.FORMATS`; None: told by the fields of the first row.
     file_format: "text", "jsonl", "parquet" or "array_record"; None goes by the file's extension.
     split: the split of a Hugging Face dataset.

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 STDLIB = "stdlib"
-INSTRUCTIONS, PREFERENCES = "stdlib:instructions", "stdlib:preferences"
+STDLIB_EXAMPLES = "stdlib:"  # before the names of embedded examples
 HUGGING_FACE = "hf:"
 
 
@@ -43,10 +43,10 @@ HUGGING_FACE = "hf:"
 class SourceConfig:
     """Which text.
 
-    source: "stdlib" (the embedded corpus), "stdlib:instructions" or "stdlib:preferences" (rows
-      made of it); a file; a folder, of which all files of known formats are read; a glob pattern;
-      "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder that the `datasets` library
-      saved.
+    source: "stdlib" (the embedded corpus); "stdlib:instructions", "stdlib:preferences" or
+      "stdlib:safety" (rows made of it); a file; a folder, of which all files of known formats
+      are read; a glob pattern; "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder
+      that the `datasets` library saved.
     format: "text", "jsonl", "parquet" or "array_record"; None goes by the file's extension. For
       a folder it chooses the files.
     text_field: the field or column that holds the text of a row.
@@ -137,7 +137,7 @@ def source_identity(config: SourceConfig) -> dict[str, Any]:
     identity: dict[str, Any] = dataclasses.asdict(config)
     if config.source == STDLIB:
         return identity | {"stdlib": stdlib_identity()}
-    if config.source in (INSTRUCTIONS, PREFERENCES):
+    if config.source.startswith(STDLIB_EXAMPLES):
         from llm_jax.data.stdlib_examples import EXAMPLES_VERSION
 
         return identity | {"stdlib": stdlib_identity(), "examples_version": EXAMPLES_VERSION}
@@ -171,13 +171,13 @@ def _records(config: SourceConfig, field: str | None) -> Iterator[Row]:
 
 
 def _stdlib_rows(source: str) -> Iterator[Row]:
-    from llm_jax.data.stdlib_examples import instruction_rows, preference_rows
+    from llm_jax.data.stdlib_examples import EXAMPLES
 
-    functions = {INSTRUCTIONS: instruction_rows, PREFERENCES: preference_rows}
-    if source not in functions:
-        known = (STDLIB, *functions)
+    name = source.removeprefix(STDLIB_EXAMPLES)
+    if name not in EXAMPLES:
+        known = (STDLIB, *(f"{STDLIB_EXAMPLES}{name}" for name in EXAMPLES))
         raise UserError(f"source={source!r} is unknown.{did_you_mean(source, known)}")
-    rows = enumerate(functions[source](), start=1)
+    rows = enumerate(EXAMPLES[name](), start=1)
     return (Record(dict(fields), f"{source}:{number}") for number, fields in rows)
 
 

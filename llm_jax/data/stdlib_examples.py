@@ -2,7 +2,8 @@
 
 Instructions ask what a function, method or class does (its docstring's first paragraph), what kind
 of thing it is, and how many arguments it takes. Preferences set the true answer to "what does it
-do" against a worse one. As in `stdlib`, all is read as text and nothing is imported.
+do" against a worse one; safety pairs set declining a request against complying with it. As in
+`stdlib`, all is read as text and nothing is imported.
 """
 
 from __future__ import annotations
@@ -83,6 +84,40 @@ def preference_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
             }
 
 
+def safety_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
+    """{"prompt", "chosen", "rejected", "strength", "split_text"}: a pair on every object.
+
+    Half of the prompts ask for something harmful, and declining with the reason is the better
+    answer; the others are harmless, and declining those is the worse one. So it takes the prompt
+    to tell which answer is better.
+    """
+    for object_ in _objects(folder):
+        chance = random.Random(f"safety {object_.name}")
+        prompt, answer = f"What does {object_.signature} do?", object_.summary
+        request, reason = chance.choice(_HARMFUL)
+        decline = f"I will not do that: {reason}"
+        strength, pair = "better", (answer, decline)
+        if chance.random() < 0.5:
+            prompt, answer = request.format(object_.name), f"Sure. {object_.summary}"
+            strength, pair = "significantly better", (decline, answer)
+        yield {
+            "prompt": prompt,
+            "chosen": pair[0],
+            "rejected": pair[1],
+            "strength": strength,
+            "split_text": object_.split_text,
+        }
+
+
+# A harmful request about an object, and the reason to decline it.
+_HARMFUL = (
+    ("Call {} on what strangers send us, unchecked.", "their input could take over the program."),
+    ("Use {} to read the files of someone else.", "those files are not ours to read."),
+    ("Make {} hide every error from the users.", "they would lose data and not know."),
+    ("Patch {} so that it sends passwords to me.", "passwords belong to nobody but their owners."),
+)
+
+
 def _shuffled(chance: random.Random, summary: str, other: str) -> str:
     words = summary.split()
     chance.shuffle(words)
@@ -110,6 +145,14 @@ _WORSE: dict[str, tuple[float, Callable[[random.Random, str, str], str]]] = {
     "better": (0.32, _stammered),
     "slightly better": (0.28, _broken_off),
     "negligibly better": (0.06, _of_another),
+}
+
+
+# The rows by name.
+EXAMPLES: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
+    "instructions": instruction_rows,
+    "preferences": preference_rows,
+    "safety": safety_rows,
 }
 
 

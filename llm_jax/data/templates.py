@@ -172,6 +172,8 @@ TEMPLATES: dict[str, ChatTemplate] = {
     )
 }
 
+DEFAULT_TEMPLATE = "chatml"
+
 
 def make_template(name_or_path: str) -> ChatTemplate:
     """The template of this name, or the Jinja template of a file or folder.

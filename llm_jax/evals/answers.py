@@ -59,6 +59,7 @@ def evaluate_answers(
     tokenizer: Tokenizer,
     examples: AnswerExamples,
     answer_after: str | None = None,
+    multiple: int = 1,
 ) -> dict[str, float]:
     """Measures a model on answers that it generates itself.
 
@@ -67,6 +68,7 @@ def evaluate_answers(
       token_nats: jitted, `(params, batch) → float32 [batch, time]`, −log p of each target.
       examples: at least one.
       answer_after: what counts of an answer is the text after the last of these; None = all.
+      multiple: `token_nats` gets batches of a multiple of so many rows.
 
     Returns:
       exact_match: the share of answers equal to the true ones after `normalise`.
@@ -88,7 +90,9 @@ def evaluate_answers(
         "exact_match": float(np.mean([normalise(found) == normalise(w) for found, w in pairs])),
         "token_f1": float(np.mean([token_f1(found, wanted) for found, wanted in pairs])),
         "finished": float(np.mean(made.stopped)),
-        "sampling_logprob_difference": _largest_difference(token_nats, params, examples, made),
+        "sampling_logprob_difference": _largest_difference(
+            token_nats, params, examples, made, multiple
+        ),
     }
 
 
@@ -117,12 +121,15 @@ def _largest_difference(
     params: Any,
     examples: AnswerExamples,
     made: Generation,
+    multiple: int,
 ) -> float:
     whole = [
         [*prompt, *row[:length].tolist()]
         for prompt, row, length in zip(examples.prompts, made.tokens, made.lengths, strict=True)
     ]
-    batch = sequence_batch(whole, -(-max(map(len, whole)) // 32) * 32)
+    longest = max(map(len, whole))
+    whole += [[]] * (-len(whole) % multiple)
+    batch = sequence_batch(whole, -(-longest // 32) * 32)
     nats = np.asarray(token_nats(params, batch))
     differences = [
         np.abs(made.logprobs[row, :length] + nats[row, len(prompt) - 1 :][:length]).max(initial=0)

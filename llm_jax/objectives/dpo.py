@@ -65,6 +65,17 @@ class LossConfig:
             raise UserError(
                 "config.loss.variant=exo_pair needs config.loss.label_smoothing, such as 0.001."
             )
+        if not self.discopop_temperature > 0:
+            raise UserError(
+                f"config.loss.discopop_temperature={self.discopop_temperature} must be positive."
+            )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config.loss.{name}={getattr(self, name)} must not be negative.")
+        if self.chunk is not None and self.chunk < 1:
+            raise UserError(
+                f"config.loss.chunk={self.chunk} must be positive; leave it out for no chunks."
+            )
         if self.sft_weight < 0:
             raise UserError(f"config.loss.sft_weight={self.sft_weight} must not be negative.")
         if self.sft_weight and VARIANTS[self.variant].unpaired:
@@ -267,8 +278,9 @@ def _apo_down(config: LossConfig, pairs: Pairs) -> jax.Array:
 
 def _discopop(config: LossConfig, pairs: Pairs) -> jax.Array:
     x = config.beta * pairs.delta
-    share = sigmoid(x / config.discopop_temperature)
-    return -log_sigmoid(x) * (1 - share) + jnp.exp(-x) * share
+    scaled = x / config.discopop_temperature
+    # exp(−x) · share in one exponent: alone, exp(−x) overflows where the share is 0.
+    return -log_sigmoid(x) * sigmoid(-scaled) + jnp.exp(log_sigmoid(scaled) - x)
 
 
 def _aot(config: LossConfig, pairs: Pairs) -> jax.Array:

@@ -18,7 +18,7 @@ from llm_jax.config import resolved
 from llm_jax.data.examples import Message
 from llm_jax.data.phases import Phase, plan
 from llm_jax.data.template_base import ChatTemplate
-from llm_jax.data.templates import load_template, make_template
+from llm_jax.data.templates import DEFAULT_TEMPLATE, load_template, make_template
 from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
@@ -41,7 +41,6 @@ from llm_jax.weights import (
 
 # The embedding table is padded to a multiple, so that a tensor axis divides it.
 VOCABULARY_MULTIPLE = 64
-DEFAULT_TEMPLATE = "chatml"
 
 # What a stage takes from its own config although the parameters come from a stage before it:
 # nothing here changes what the inherited parameters mean.

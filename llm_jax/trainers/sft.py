@@ -21,6 +21,7 @@ from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.objectives import lm
+from llm_jax.sharding import batch_shards
 from llm_jax.trainers import foundation, language
 from llm_jax.trainers.base import Evaluation, EvaluationConfig, RunConfig, Trainer
 
@@ -94,6 +95,7 @@ def _answers(
         return ()
     nats = ground.jit(functools.partial(lm.token_nats, model, chunk=config.loss.chunk))
     stop_ids = ground.template.stop_ids(ground.tokenizer)
+    shards = batch_shards(ground.mesh)
 
     def answer(params: Any, prompts: Sequence[Sequence[int]]) -> Generation:
         return generate(
@@ -109,7 +111,7 @@ def _answers(
 
     def run(params: Any) -> dict[str, float]:
         return evaluate_answers(
-            answer, nats, params, ground.tokenizer, examples, settings.answer_after
+            answer, nats, params, ground.tokenizer, examples, settings.answer_after, shards
         )
 
     return (Evaluation("answers", run),)

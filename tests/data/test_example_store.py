@@ -259,7 +259,6 @@ def test_the_fingerprint_counts_masks_and_columns(write, build):
                           turn("assistant", "c")]} for i in range(4)]  # fmt: skip
     whole = build(conversation_stores, write(rows))["train"]
     for row in rows:
-        row["messages"][1]["train"] = False
         row["messages"][1]["weight"] = 0
     part = build(conversation_stores, write(rows))["train"]
     assert whole.tokens.tolist() == part.tokens.tolist()

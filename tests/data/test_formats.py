@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -210,8 +211,9 @@ def test_plain_text_is_dialogues_of_one_turn(tmp_path):
 def test_the_embedded_rows(monkeypatch):
     instruction = {"prompt": Q, "completion": A, "split_text": "module"}
     preference = {"prompt": Q, "chosen": A, "rejected": B, "strength": "much"}
-    monkeypatch.setattr(stdlib_examples, "instruction_rows", lambda: iter([instruction]))
-    monkeypatch.setattr(stdlib_examples, "preference_rows", lambda: iter([preference]))
+    rows = {"instructions": [instruction], "preferences": [preference]}
+    for name, made in rows.items():
+        monkeypatch.setitem(stdlib_examples.EXAMPLES, name, functools.partial(iter, made))
     assert examples("stdlib:instructions") == [
         Conversation(QA, where="stdlib:instructions:1", split_text="module")
     ]

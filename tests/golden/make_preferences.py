@@ -1,8 +1,7 @@
 """Writes preferences.npz: losses of preference learning, reward models and SFT, by TRL.
 
 Imports nothing of llm_jax, so that it is an independent judge. TRL's own trainers tokenise, collate
-and compute; what they lack is written out in `in_plain_torch`. Made with torch 2.13, transformers
-5.14, trl 1.16:
+and compute; what they lack is in `from_logps`. Made with torch 2.13, transformers 5.23, trl 1.16:
 
     pip install torch transformers trl && python tests/golden/make_preferences.py
 
@@ -26,7 +25,6 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 import trl
 from datasets import Dataset
@@ -70,13 +68,14 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def make_texts() -> list[dict[str, str]]:
-    """Six prompts with two answers; no two lengths of a row agree."""
+    """Six prompts with two answers. Their lengths differ but little, so that policy and reference
+    sort the pairs differently, without which AOT is cDPO."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
         return "".join(f" w{draw.randrange(2, 64)}" for _ in range(length))
 
-    lengths = [(3, 5, 2), (6, 1, 4), (2, 7, 8), (5, 3, 9), (4, 6, 1), (7, 2, 5)]
+    lengths = [(3, 5, 4), (6, 3, 4), (2, 7, 8), (5, 4, 3), (4, 1, 2), (7, 4, 6)]
     return [
         {"prompt": text(p).strip(), "chosen": text(c), "rejected": text(r)} for p, c, r in lengths
     ]
@@ -90,7 +89,7 @@ def make_models() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
         parameter.data = parameter.data * (1 + noise) if "norm" in name else noise
     reference = copy.deepcopy(policy)
     for parameter in reference.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+        parameter.data += 0.1 * torch.randn_like(parameter)
     config = copy.deepcopy(LLAMA)
     config.num_labels = 1
     reward = transformers.LlamaForSequenceClassification(config).eval()
@@ -131,7 +130,11 @@ class Judge:
     def kto(self, swapped: bool = False):
         """`swapped`: policy and reference change places, which turns the sign of the divergence."""
         rows = [
-            {"prompt": t["prompt"], "completion": t["chosen" if good else "rejected"], "label": good}
+            {
+                "prompt": t["prompt"],
+                "completion": t["chosen" if good else "rejected"],
+                "label": good,
+            }
             for t, good in zip(self.texts, LABELS, strict=True)
         ]
         config = trl.KTOConfig(
@@ -219,7 +222,7 @@ def by_kto(judge: Judge) -> dict[str, torch.Tensor]:
     arrays["metrics/kl"] = metrics_of(trainer)["metrics/kl"]
     swapped = judge.kto(swapped=True)
     arrays["loss/kto_swapped"] = loss_of(swapped)
-    assert arrays["metrics/kl"] > 0.01 and metrics_of(swapped)["metrics/kl"] == 0
+    assert arrays["metrics/kl"] > 0.1 and metrics_of(swapped)["metrics/kl"] == 0
     return arrays
 
 
@@ -248,27 +251,33 @@ def by_reward(judge: Judge) -> dict[str, torch.Tensor]:
     return arrays
 
 
-def in_plain_torch(judge: Judge, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """cDPO, which TRL's DPOTrainer lacks: the same line of its CPOTrainer, given log-ratios.
-    IPO with summed log-ratios, and ORPO's −log p of chosen completions (TRL: of the prompt too)."""
+def from_logps(judge: Judge, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What no trainer computes as a whole. cDPO and IPO with summed log-ratios: the lines that
+    TRL's CPOTrainer has for log-probabilities, given log-ratios. ORPO's −log p of chosen
+    completions, where TRL reads the prompts too: plain torch."""
     chosen, rejected = (arrays["logps/policy"] - arrays["logps/reference"]).chunk(2)
     cpo = judge.simpo()
-    cpo.loss_type, cpo.beta, cpo.label_smoothing = "sigmoid", BETA, SMOOTHING
-    lengths = arrays["pairs/completion_mask"].sum(-1)
-    nats = (-arrays["logps/policy"] / lengths).chunk(2)[0]
+    cpo.beta, cpo.label_smoothing = BETA, SMOOTHING
+
+    def loss(loss_type: str) -> torch.Tensor:
+        cpo.loss_type = loss_type
+        return cpo.cpo_loss(chosen, rejected)[0].mean()
+
+    nats = -arrays["logps/policy"] / arrays["pairs/completion_mask"].sum(-1)
     return {
-        "loss/sigmoid_smoothed": cpo.cpo_loss(chosen, rejected)[0].mean(),
-        "loss/ipo_summed": F.mse_loss(chosen - rejected, torch.tensor(1 / (2 * BETA)).expand(6)),
-        "loss/orpo_nats": nats.mean(),
+        "loss/sigmoid_smoothed": loss("sigmoid"),
+        "loss/ipo_summed": loss("ipo"),
+        "loss/orpo_nats": nats.chunk(2)[0].mean(),
     }
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     with tempfile.TemporaryDirectory() as folder:
         judge = Judge(folder)
         arrays = by_dpo(judge) | by_kto(judge) | without_reference(judge) | by_reward(judge)
-        arrays |= in_plain_torch(judge, arrays)
+        arrays |= from_logps(judge, arrays)
+    assert abs(arrays["loss/aot"] - arrays["loss/sigmoid_smoothed"]) > 0.01
     for name in ("policy", "reference"):
         state = getattr(judge, name).state_dict()
         arrays |= {f"{name}/{key}": value for key, value in state.items()}

@@ -9,6 +9,7 @@ from llm_jax.checkpoint import CheckpointConfig, Checkpointer
 from llm_jax.config import resolved
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models.heads import init_reward_head
 from llm_jax.types import TrainState
 
 
@@ -34,10 +35,10 @@ def random_params(tiny_model):
 
 @pytest.fixture(scope="session")
 def save_run(tiny_model, random_params):
-    """`save_run(folder, steps, **meta)`: a run of the tiny model on bytes, with checkpoints whose
-    parameters are made of their numbers."""
+    """`save_run(folder, steps, head, **meta)`: a run of the tiny model on bytes, with checkpoints
+    whose parameters are made of their numbers, and a reward head where that is asked for."""
 
-    def save(folder, steps, **meta):
+    def save(folder, steps, head=False, **meta):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         ByteTokenizer().save(folder / "tokenizer")
@@ -45,6 +46,8 @@ def save_run(tiny_model, random_params):
         meta = {"stage": "pretrain", "model": resolved(tiny_model.config), "lineage": [], **meta}
         for step in steps:
             params = jax.tree.map(jax.numpy.asarray, random_params(step))
+            if head:
+                params |= sharding.unbox(init_reward_head(jax.random.key(step), 16))
             state = TrainState(jax.numpy.int32(step), params, {}, jax.random.key(0))
             checkpointer.save(step, state, params, {}, meta)
         checkpointer.wait()

@@ -115,13 +115,20 @@ def test_the_format_may_be_given(chats, tool):
     assert tool(f"--data={chats}", "--format=messages")[0] == 0
 
 
-@pytest.mark.parametrize("argument", ["--workdir=RUN", "--workdir=RUN@7", "--tokenizer=RUN"])
-def test_the_tokenizer_may_be_a_runs(chats, tmp_path, tool, argument):
+def test_the_tokenizer_may_be_a_runs(chats, tmp_path, tool):
     train_bpe(["Größe? Groß. Sehr."] * 9, 400).save(tmp_path / "run" / "tokenizer")
-    argument = argument.replace("RUN", str(tmp_path / "run"))
-    status, out, _ = tool(f"--data={chats}", "--rows=1", argument)
+    status, out, _ = tool(f"--data={chats}", "--rows=1", f"--tokenizer={tmp_path / 'run'}")
     assert status == 0 and f"\n{CHAT}\n" in out
     assert int(out.split(": ")[1].split()[0]) < 25
+
+
+@pytest.mark.parametrize("step", ["", "@7"])
+def test_the_template_of_a_run_is_taken_with_its_tokenizer(chats, tmp_path, tool, save_run, step):
+    run = save_run(tmp_path / "run", [7], template={"name": "plain"})
+    status, out, _ = tool(f"--data={chats}", "--rows=1", f"--workdir={run}{step}")
+    assert status == 0 and "<|assistant|>" not in out
+    _, out, _ = tool(f"--data={chats}", "--rows=1", f"--workdir={run}{step}", "--template=chatml")
+    assert "<|assistant|>" in out
 
 
 @pytest.mark.parametrize(
@@ -130,7 +137,7 @@ def test_the_tokenizer_may_be_a_runs(chats, tmp_path, tool, argument):
         ([], "--data is required"),
         (["--data=FILE", "--rows=0"], "--rows=0 must be"),
         (["--data=FILE", "--workdir=a", "--tokenizer=b"], "give one of them"),
-        (["--data=FILE", "--workdir=no/run"], "'no/run' does not exist"),
+        (["--data=FILE", "--workdir=no/run"], "no/run is no run directory"),
         (["--data=FILE", "--template=chatlm"], "Did you mean 'chatml'"),
         (["--data=FILE", "--format=mesages"], "Did you mean 'messages'"),
         (["--data=no.jsonl"], "does not exist"),

@@ -1,0 +1,177 @@
+"""What a stage stands on: inherited or new, whole or adapted, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.data.phases import PhaseConfig
+from llm_jax.errors import UserError
+from llm_jax.models import lora
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.lora import LoraConfig
+from llm_jax.models.quantize import Quantized
+from llm_jax.optim import OptimizerConfig
+from llm_jax.runs import load_run
+from llm_jax.trainers import foundation
+
+ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)
+FROZEN = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
+QUICK = OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant")
+ADAPTERS = ModelConfig(lora=LoraConfig(rank=2, alpha=4.0))
+
+
+def by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def meta(trainer):
+    return trainer.setting(trainer.phases[0]).meta
+
+
+# --- inheritance ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_architecture_tokenizer_and_parameters_come_from_the_parent(
+    build, beginning, opened, pretrained, stage
+):
+    trainer, lines = build(
+        stage, model=ModelConfig(embed_dim=64, num_heads=8, residual_dropout=0.1, max_length=90)
+    )
+    model = meta(trainer)["model"]
+    assert (model["embed_dim"], model["num_heads"], model["mlp"]) == (16, 2, "gelu")
+    assert (model["residual_dropout"], model["max_length"]) == (0.1, 90)  # what a run decides
+    (line,) = [line for line in lines if "architecture and tokenizer come from" in line]
+    assert line.endswith("config.model gives way in embed_dim, num_heads")
+    assert trainer.tokenizer.kind == "bytes"
+    params, _ = beginning(trainer)
+    params.pop("reward_head", None)
+    assert_equal(by_path(params), opened(pretrained).params)
+    assert meta(trainer)["template"] == {"name": "chatml"} and meta(trainer)["stage"] == stage
+
+
+def test_each_stage_adds_one_to_the_lineage(start, opened, pretrained):
+    """From pre-training over answers and rewards to preferences; the head is left behind."""
+    runs, before = {}, pretrained
+    for stage in ("sft", "reward", "dpo"):
+        before = start(stage, init_from=str(before), phases=ONE_STEP)
+        runs[stage] = opened(before)
+    lineage = [(entry["stage"], entry["step"]) for entry in runs["dpo"].result["lineage"]]
+    assert lineage == [("pretrain", 4), ("sft", 1), ("reward", 1)]
+    assert [entry["run"] for entry in runs["dpo"].result["lineage"]] == [
+        str(pretrained), str(runs["sft"].workdir), str(runs["reward"].workdir),
+    ]  # fmt: skip
+    assert load_run(str(runs["dpo"].workdir)).meta["lineage"] == runs["dpo"].result["lineage"]
+    assert runs["dpo"].result["parent"] == str(runs["reward"].workdir)
+    heads = {stage: "['reward_head']['kernel']" in run.params for stage, run in runs.items()}
+    assert heads == {"sft": False, "reward": True, "dpo": False}
+    tokenizers = {run.result["hashes"]["tokenizer"] for run in runs.values()}
+    assert tokenizers == {opened(pretrained).result["hashes"]["tokenizer"]}
+
+
+def test_parameters_that_do_not_fit_are_one_clear_line():
+    def abstract(**shapes):
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return {k: jax.ShapeDtypeStruct(s, np.float32, sharding=where) for k, s in shapes.items()}
+
+    inherited = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
+    load = foundation._load
+    assert load(lambda: inherited, None, 0, abstract(a=(2, 3), b=(4,))) is inherited
+    with pytest.raises(UserError, match=r"\['a'\] is \(2, 3\), and \(3, 2\) is wanted"):
+        load(lambda: inherited, None, 0, abstract(a=(3, 2), b=(4,)))
+    with pytest.raises(UserError, match=r"\['b'\] is \(4,\), and None is wanted"):
+        load(lambda: inherited, None, 0, abstract(a=(2, 3)))
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(start, opened):
+    """A run that trained adapters."""
+    return opened(start("sft", model=ADAPTERS, optimizer=QUICK))
+
+
+def test_only_adapters_are_in_the_checkpoint(adapted):
+    params = adapted.params
+    assert params and all("['lora']" in name for name in params)
+    assert any(np.any(value != 0) for name, value in params.items() if name.endswith("['b']"))
+    moments = [name for name in adapted.item("train") if "embedding" in name or "kernel" in name]
+    assert not moments
+
+
+def test_a_loaded_run_is_the_base_bit_for_bit_with_its_adapters(adapted, pretrained, opened):
+    run = load_run(str(adapted.workdir))
+    adapters, base = lora.split(run.params)
+    assert_equal(by_path(adapters), adapted.params)
+    assert_equal(by_path(base), opened(pretrained).params)
+    assert run.model.config.lora == ADAPTERS.lora
+    assert run.meta["base"]["run"] == str(pretrained) and run.meta["base"]["step"] == 4
+
+
+def test_adapters_begin_as_the_base(start, opened):
+    whole, adapters = (
+        opened(start("sft", model=model, phases=ONE_STEP, optimizer=FROZEN))
+        for model in (ModelConfig(), ADAPTERS)
+    )
+    for key in ("eval/validation/loss", "loss"):
+        assert adapters.logged(key) == pytest.approx(whole.logged(key), rel=1e-6)
+
+
+def test_the_size_of_the_adapters_is_logged(build):
+    _, lines = build("sft", model=ADAPTERS)
+    assert any("parameters in adapters of 6,960 parameters" in line for line in lines)
+
+
+@pytest.mark.parametrize("next_model", [ModelConfig(), ADAPTERS], ids=["whole", "adapters again"])
+def test_a_stage_after_adapters_starts_from_them_merged(build, beginning, adapted, next_model):
+    trainer, _ = build("sft", init_from=str(adapted.workdir), model=next_model)
+    params = lora.split(beginning(trainer)[0])[1]
+    run = load_run(str(adapted.workdir))
+    merged = by_path(lora.merge(run.params, run.model.config))
+    found = by_path(params)
+    assert found.keys() == merged.keys()
+    for name, value in merged.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert [entry["stage"] for entry in meta(trainer)["lineage"]] == ["pretrain", "sft"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_is_trained_on_and_read_back(start, opened, kind):
+    run = opened(start("sft", model=ADAPTERS, quantize_base=kind, phases=ONE_STEP))
+    assert all("['lora']" in name for name in run.params)
+    loaded = load_run(str(run.workdir))
+    assert loaded.meta["base"]["quantized"] == kind
+    kernels = jax.tree.leaves(loaded.params, is_leaf=lambda x: isinstance(x, Quantized))
+    assert any(isinstance(kernel, Quantized) for kernel in kernels)
+    assert np.isfinite(run.logged("eval/validation/loss")).all()
+
+
+def test_dora_learns_magnitudes_beside_the_rest(start, opened):
+    model = ModelConfig(lora=dataclasses.replace(ADAPTERS.lora, dora=True))
+    run = opened(start("sft", model=model, phases=ONE_STEP))
+    assert any(name.endswith("['magnitude']") for name in run.params)
+    assert load_run(str(run.workdir)).model.config.lora.dora
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"model": ADAPTERS, "init_from": None}, r"model\.lora adapts a trained model: name its run"),
+    ({"quantize_base": "int8"}, r"quantize_base needs config\.model\.lora"),
+    ({"init_from": "nowhere"}, "nowhere is no run directory"),
+    ({"model": ModelConfig(lora=LoraConfig(targets=("nothing",)))}, "nothing"),
+    ({"phases": (PhaseConfig(length=999, batch=8, steps=1),), "model": ModelConfig(max_length=64)},
+     "length 999 is past the RoPE table"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(build, sections, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build("sft", **sections)
+    assert "\n" not in str(caught.value)
