@@ -14,6 +14,7 @@ from llm_jax.models.lora import LoraConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.dpo import DPOConfig
+from llm_jax.trainers.preference import PreferenceEvaluationConfig
 
 
 def get_config(argument=None):
@@ -22,6 +23,7 @@ def get_config(argument=None):
         DPOConfig,
         init_from="runs/sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
+        evaluation=PreferenceEvaluationConfig(every=100),
         phases=(PhaseConfig(length=96, batch=16, steps=200),),
         optimizer=OptimizerConfig(
             learning_rate=1e-4, warmup_steps=20, schedule="linear", final_learning_rate_ratio=0.0

@@ -17,6 +17,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.preference import PreferenceEvaluationConfig
 from llm_jax.trainers.reward import RewardConfig
 
 SOURCES = {"helpfulness": "stdlib:preferences", "safety": "stdlib:safety"}
@@ -32,6 +33,7 @@ def get_config(argument=None):
         init_from="runs/sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
         data=PreferenceDataConfig(source=SOURCES[kind]),
+        evaluation=PreferenceEvaluationConfig(every=100),
         phases=(PhaseConfig(length=96, batch=16, steps=400),),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=20, schedule="linear", final_learning_rate_ratio=0.0

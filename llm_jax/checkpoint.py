@@ -159,8 +159,9 @@ def locate(init_from: str) -> tuple[Path, int]:
       UserError: no run directory there, or no such step in it.
     """
     name, wanted = init_from, ""
-    if not (Path(name) / "config.json").exists():  # a folder's own name may hold an "@", too
-        name, _, wanted = init_from.partition("@")
+    # A folder's own name may hold an "@", too.
+    if "@" in name and not (Path(name) / "config.json").exists():
+        name, wanted = init_from.rsplit("@", 1)
     run = Path(name)
     if not (run / "config.json").exists():
         raise UserError(f"{name} is no run directory: it has no config.json (in {init_from!r}).")
@@ -221,6 +222,17 @@ def read_params(run: str | Path, step: int, abstract: Any) -> Any:
         raise UserError(
             f"the parameters in {folder} cannot be read: {_first_line(error)}"
         ) from error
+
+
+def write_weights(run: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """Writes a checkpoint that holds no more than what a later stage reads; none can resume it."""
+    with ocp.CheckpointManager(Path(run).absolute() / FOLDER) as manager:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
+            ),
+        )
 
 
 def _step_folder(run: str | Path, step: int) -> Path:

@@ -56,6 +56,8 @@ def main(values: flags.FlagValues) -> None:
     sampler = make_sampler(values)
     use_compilation_cache()
     run = load_run(values.workdir)
+    if run.meta.get("heads"):
+        raise UserError(f"{run.path} is a reward model: it scores texts, see tools.score.")
     prompt, stop_ids = _prompt(run, values)
     print(f"{run.path}, checkpoint {run.step}", file=sys.stderr)
     settings = {

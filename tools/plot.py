@@ -65,14 +65,7 @@ def plot(
     Raises:
       UserError: matplotlib is not installed, a key that no run has, a format that is not known.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'llm_jax[plot]'.") from error
-
-    figure = Figure(figsize=(8, 3.4 * len(keys)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.4 * len(keys))
     panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
     for row, (panel, key) in enumerate(zip(panels, keys, strict=True)):
         _draw_key(panel, runs, key, x)
@@ -80,8 +73,33 @@ def plot(
             _draw_phases(panel, next(iter(runs.values())), x, label=row == 0)
         panel.set_ylabel(key.removeprefix("eval/").replace("_", " "))
     panels[-1].set_xlabel("tokens" if x == "tokens" else "step")
+    save_figure(figure, output)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'llm_jax[plot]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, output: str | os.PathLike) -> None:
+    """Writes a figure; the suffix of the path decides the format.
+
+    Raises:
+      UserError: a format that is not known, or a path that cannot be written.
+    """
     suffix = Path(output).suffix.lstrip(".")
-    formats = canvas.get_supported_filetypes()
+    formats = figure.canvas.get_supported_filetypes()
     if suffix not in formats:
         raise UserError(f"--output={output} has no known format.{did_you_mean(suffix, formats)}")
     try:
@@ -113,9 +131,7 @@ def _draw_key(panel: Any, runs: dict[str, Records], key: str, x: str) -> None:
     if not found:
         known = {name for records in runs.values() for record in records for name in record}
         raise UserError(f"no run has {key!r}.{did_you_mean(key, known - {'step'})}")
-    panel.grid(color="#e3e6ea", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    tidy(panel)
     panel.margins(x=0.01)
     panel.set_xlim(left=0)
     panel.xaxis.set_major_formatter(_short)
@@ -123,8 +139,15 @@ def _draw_key(panel: Any, runs: dict[str, Records], key: str, x: str) -> None:
         panel.legend(frameon=False)
 
 
+def tidy(panel: Any) -> None:
+    """The look that all panels share."""
+    panel.grid(color="#e3e6ea", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _is_of(name: str, key: str) -> bool:
-    parts = name.split("/")
+    parts = name.split("/", 2)
     return name == key or (len(parts) == 3 and parts[0] == "eval" and parts[2] == key)
 
 

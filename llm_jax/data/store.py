@@ -230,9 +230,10 @@ def _hold_out(folder: Path, everything: StoreWriter, source: str) -> dict[str, S
     hashes = np.asarray(everything.hashes)
     is_held_out = hashes == hashes.min()
     if is_held_out.all():
+        more = "prompts" if everything.layout.masked else f"text, over {WHOLE // 1024} KiB"
         raise UserError(
-            f"source={source!r} holds a single document, so none can be held out for "
-            f"validation: give more documents, or one longer than {WHOLE // 1024} KiB."
+            f"source={source!r} holds a single document, so none can be held out for validation: "
+            f"give more {more}."
         )
     whole = folder / "whole"
     everything.directory.rename(whole)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models.product import product
 from llm_jax.models.transformer import LanguageModel
 from llm_jax.sharding import Named
 from llm_jax.types import Batch
@@ -43,6 +42,7 @@ def rewards(
     hidden_BTD, _ = model.apply(params, rows.tokens, rows.positions, rows.segment_ids, rng=rng)
     last_B = jnp.maximum(jnp.sum(rows.segment_ids != 0, axis=-1) - 1, 0)
     hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    # In float32 whatever the model computes in: rewards are compared, and their gaps are small.
-    reward_B1 = product(hidden_BD, params[REWARD]["kernel"], jnp.float32)
-    return reward_B1[:, 0].reshape(responses.tokens.shape[:-1])
+    # A sum and no matrix product, which accelerators round: rewards are compared, and their gaps
+    # are small.
+    reward_B = jnp.sum(hidden_BD.astype(jnp.float32) * params[REWARD]["kernel"][:, 0], axis=-1)
+    return reward_B.reshape(responses.tokens.shape[:-1])

@@ -36,7 +36,7 @@ class LossConfig:
     discopop_temperature: float = 0.05
     desirable_weight: float = 1.0  # KTO: of answers labelled good
     undesirable_weight: float = 1.0  # KTO: of answers labelled bad
-    # Weight of −log p(chosen) / length beside the loss (RPO, arXiv:2404.19733). ORPO has it anyway.
+    # Weight of −log p(chosen) / length beside the loss (RPO, arXiv:2404.19733). ORPO has it built in.
     sft_weight: float = 0.0
     # Log-probabilities under the reference: computed once and cached on disk, or in every step from
     # the same weights with the LoRA adapters off.
@@ -78,7 +78,8 @@ class LossConfig:
             )
         if self.sft_weight < 0:
             raise UserError(f"config.loss.sft_weight={self.sft_weight} must not be negative.")
-        if self.sft_weight and VARIANTS[self.variant].unpaired:
+        has_it = self.variant == "orpo" or VARIANTS[self.variant].unpaired
+        if self.sft_weight and has_it:
             raise UserError(
                 f"config.loss.sft_weight has no meaning for variant {self.variant!r}: leave it "
                 "at 0."

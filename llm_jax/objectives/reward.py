@@ -6,6 +6,7 @@ Legend: B batch, K responses.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class LossConfig:
             levels = tuple(float(part) for part in self.margins.split(","))
         except ValueError:
             levels = ()
-        if len(levels) != 4:
+        if len(levels) != 4 or not all(map(math.isfinite, levels)):
             raise UserError(
                 f"config.loss.margins={self.margins!r} is neither {', '.join(MARGINS)} nor four "
                 "numbers such as 3,2,1,0."
@@ -53,7 +54,7 @@ class LossConfig:
         return levels
 
     def __post_init__(self) -> None:
-        assert self.margin_levels is None or len(self.margin_levels) == 4
+        _ = self.margin_levels  # refuses what is no margin
         if self.centring < 0:
             raise UserError(f"config.loss.centring={self.centring} must not be negative.")
 

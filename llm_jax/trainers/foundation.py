@@ -71,8 +71,12 @@ class Origin:
     lineage: tuple[dict[str, Any], ...]
 
     @staticmethod
-    def find(config: RunConfig, workdir: Path) -> Origin | None:
-        """The run's own newest checkpoint, else `config.init_from`, else None."""
+    def find(config: RunConfig, workdir: Path, heads: tuple[str, ...]) -> Origin | None:
+        """The run's own newest checkpoint, else `config.init_from`, else None.
+
+        Raises:
+          UserError: no such run, or one with a head that is not among `heads`.
+        """
         own = checkpoint.newest_meta(workdir)
         if own is not None:
             return Origin(workdir, *own, is_own=True, lineage=tuple(own[1]["lineage"]))
@@ -80,6 +84,12 @@ class Origin:
             return None
         run, step = checkpoint.locate(config.init_from)
         meta = checkpoint.read_meta(run, step)
+        lost = set(meta.get("heads", ())) - set(heads)
+        if lost:
+            raise UserError(
+                f"{run} is a model with {', '.join(sorted(lost))}, and stage {config.trainer!r} "
+                "has no use for that: start from the run that it was made from."
+            )
         before = {
             "stage": meta["stage"],
             "run": str(run),
@@ -246,7 +256,7 @@ def lay(
     Raises:
       UserError: an origin that cannot be read, or that does not fit.
     """
-    origin = Origin.find(config, workdir)
+    origin = Origin.find(config, workdir, heads)
     tokenizer = make_tokenizer() if origin is None else load_tokenizer(origin.run / "tokenizer")
     model = _model(config.model, origin, tokenizer, log)
     return Foundation(

@@ -88,11 +88,17 @@ def test_leading_axes_are_kept(made):
 
 def test_rewards_are_float32_whatever_the_model_computes_in():
     model, params = make(dtype="bfloat16")
-    values = jax.jit(functools.partial(rewards, model))(params, make_responses())
-    assert values.dtype == jnp.float32
-    rounded = values.astype(jnp.bfloat16).astype(jnp.float32)
-    assert np.any(values != rounded), "the sum is not rounded"
-    assert params[REWARD]["kernel"].dtype == jnp.float32
+    responses = jax.tree.map(lambda x: x[0], make_responses())
+    values = jax.jit(functools.partial(rewards, model))(params, responses)
+    hidden, _ = jax.jit(model.apply)(
+        params, responses.tokens, responses.positions, responses.segment_ids
+    )
+    hidden = np.asarray(hidden[np.arange(2), np.array(LENGTHS[0]) - 1], np.float64)
+    kernel = params[REWARD]["kernel"][:, 0]
+    assert values.dtype == kernel.dtype == jnp.float32
+    np.testing.assert_allclose(values, hidden @ np.float64(kernel), atol=1e-6)
+    rounded = hidden @ np.float64(kernel.astype(jnp.bfloat16))
+    assert np.abs(values - rounded).max() > 1e-4
 
 
 def test_a_key_switches_dropout_on(made):

@@ -85,9 +85,9 @@ def test_margins_belong_to_rows():
 
 
 def test_centring_pulls_the_sum_of_both_rewards_to_0():
-    values, batch = [[2.0, 0.5], [-1.0, 1.0]], make_batch([(1, 0)] * 2)
+    values, batch = [[2.0, 0.5], [-1.0, 0.0]], make_batch([(1, 0)] * 2)
     plain, centred = (evaluate(values, batch, centring)[0] for centring in (0.0, 0.01))
-    assert centred - plain == pytest.approx(0.01 * (2.5**2 + 0) / 2, rel=1e-4)
+    assert centred - plain == pytest.approx(0.01 * (2.5**2 + 1) / 2, rel=1e-4)
 
 
 # --- groups ---------------------------------------------------------------------------------------

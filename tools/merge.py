@@ -1,0 +1,55 @@
+"""Folds the LoRA adapters of a run into its weights: a run without adapters, to start from.
+
+python -m tools.merge --workdir=RUN[@STEP] --output=MERGED
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from llm_jax.errors import UserError
+from tools.cli import run_tool
+
+
+def define_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "run directory; RUN@STEP for an older checkpoint", flag_values=values
+    )
+    flags.DEFINE_string("output", None, "folder of the merged run, new", flag_values=values)
+    return values
+
+
+def main(values: flags.FlagValues) -> None:
+    if not values.workdir or not values.output:
+        raise UserError("--workdir=RUN and --output=MERGED are both needed.")
+    output = Path(values.output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output={output} holds files: name a new folder.")
+    import jax
+
+    from llm_jax import checkpoint, sharding
+    from llm_jax.config import resolved
+    from llm_jax.data.tokenizers import load_tokenizer
+    from llm_jax.run import write_json
+    from llm_jax.weights import read_merged
+
+    run, step = checkpoint.locate(values.workdir)
+    meta = checkpoint.read_meta(run, step)
+    if meta["model"].get("lora") is None:
+        raise UserError(f"{run} has no adapters: there is nothing to merge.")
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with jax.set_mesh(mesh):
+        config, weights = read_merged(run, step, mesh)
+    meta = {key: value for key, value in meta.items() if key != "base"}
+    load_tokenizer(run / "tokenizer").save(output / "tokenizer")
+    checkpoint.write_weights(output, step, weights, meta | {"model": resolved(config)})
+    write_json(output / "config.json", {"merged": values.workdir})
+    print(output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main, define_flags(), __doc__ or ""))
