@@ -77,7 +77,7 @@ def test_order_names_and_shapes_change_the_fingerprint(tree):
             changed(tree, swapped),
             changed(tree, lambda leaf: leaf.reshape(-1, 2)),
             changed(tree, lambda leaf: leaf.astype(jnp.bfloat16)),
-            {"renamed" if k == "embedding" else k: v for k, v in tree.items()},
+            {"embeddings" if k == "embedding" else k: v for k, v in tree.items()},
             {**tree, "more": np.zeros(1, np.float32)},
         )
     ]

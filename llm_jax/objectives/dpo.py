@@ -36,7 +36,8 @@ class LossConfig:
     discopop_temperature: float = 0.05
     desirable_weight: float = 1.0  # KTO: of answers labelled good
     undesirable_weight: float = 1.0  # KTO: of answers labelled bad
-    # Weight of −log p(chosen) / length beside the loss (RPO, arXiv:2404.19733). ORPO has it built in.
+    # Weight of −log p(chosen) / length beside the loss (RPO, arXiv:2404.19733); ORPO has it built
+    # in.
     sft_weight: float = 0.0
     # Log-probabilities under the reference: computed once and cached on disk, or in every step from
     # the same weights with the LoRA adapters off.

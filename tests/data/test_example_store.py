@@ -146,6 +146,16 @@ def test_every_answer_is_a_document_with_its_group_score_and_strength(write, bui
     assert sorted(groups) == list(range(8))
 
 
+def test_batches_change_nothing(write, build, monkeypatch):
+    config = write([pair(i) for i in range(12)])
+    whole = {f: build(f, config) for f in (conversation_stores, comparison_stores)}
+    monkeypatch.setattr(store_module, "_BATCH_CHARACTERS", 50)  # about two comparisons
+    again = dataclasses.replace(config, format="preference")  # another cache
+    for function, stores in whole.items():
+        fingerprints = {split: store.fingerprint for split, store in stores.items()}
+        assert {s: store.fingerprint for s, store in build(function, again).items()} == fingerprints
+
+
 def test_earlier_answers_of_the_prompt_are_not_trained(write, build):
     rows = [{
         "prompt": [turn("user", f"a{i}"), turn("assistant", "earlier"), turn("user", "b")],

@@ -170,11 +170,11 @@ def asked(store, count=10, longest=100):
 def test_the_last_answer_is_asked_for_with_all_that_stands_before_it():
     store = make_store(
         [("ask", 0), ("one", 1)],
-        [("ask", 0), ("one", 1), ("more", 0), ("two", 1), ("tail", 0)],
+        [("ask", 0), ("one", 1), ("more", 0), ("two", 1), ("last", 0), ("three", 1), ("tail", 0)],
         [("answer throughout", 1)],
         [("never trained", 0)],
     )
-    assert asked(store) == [("ask", "one"), ("askonemore", "two")]
+    assert asked(store) == [("ask", "one"), ("askonemoretwolast", "three")]
 
 
 def test_prompts_are_spread_over_the_store_and_long_ones_passed_over():

@@ -168,8 +168,6 @@ def test_every_variant_has_a_finite_loss_and_gradient(build, beginning, examples
     params, batch = beginning(trainer)
     assert (batch.reference_logprobs is not None) == variant.needs_reference
     setting = trainer.setting(trainer.phases[0])
-    if variant.whole_batch:
-        assert setting.micro_batches == 1
 
     def total(params, batch):
         loss, metrics = setting.objective(params, batch, jax.random.key(0))
@@ -223,6 +221,15 @@ def test_the_constants_of_the_loss_decide_it(build, first_loss):
     usual = loss()
     assert loss(beta=0.5) < usual < loss(sft_weight=1.0)
     assert loss(chunk=16) == pytest.approx(usual, rel=1e-4)
+
+
+def test_variants_that_compare_the_rows_of_a_batch_see_it_whole(build):
+    phases = (PhaseConfig(length=32, batch=32, steps=1),)
+    parts = {}
+    for name in ("sigmoid", "aot", "kto"):
+        trainer, _ = build("dpo", loss=LossConfig(variant=name), phases=phases)
+        parts[name] = trainer.setting(trainer.phases[0]).micro_batches
+    assert parts["sigmoid"] > parts["aot"] == parts["kto"] == 1
 
 
 # --- what is refused ------------------------------------------------------------------------------

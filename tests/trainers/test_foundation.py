@@ -14,6 +14,7 @@ from llm_jax.models.lora import LoraConfig
 from llm_jax.models.quantize import Quantized
 from llm_jax.optim import OptimizerConfig
 from llm_jax.runs import load_run
+from llm_jax.sharding import MeshConfig
 from llm_jax.trainers import foundation
 
 ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)
@@ -60,22 +61,27 @@ def test_architecture_tokenizer_and_parameters_come_from_the_parent(
 
 
 def test_each_stage_adds_one_to_the_lineage(start, opened, pretrained):
-    """From pre-training over answers and rewards to preferences; the head is left behind."""
-    runs, before = {}, pretrained
-    for stage in ("sft", "reward", "dpo"):
-        before = start(stage, init_from=str(before), phases=ONE_STEP)
-        runs[stage] = opened(before)
-    lineage = [(entry["stage"], entry["step"]) for entry in runs["dpo"].result["lineage"]]
-    assert lineage == [("pretrain", 4), ("sft", 1), ("reward", 1)]
-    assert [entry["run"] for entry in runs["dpo"].result["lineage"]] == [
-        str(pretrained), str(runs["sft"].workdir), str(runs["reward"].workdir),
-    ]  # fmt: skip
-    assert load_run(str(runs["dpo"].workdir)).meta["lineage"] == runs["dpo"].result["lineage"]
-    assert runs["dpo"].result["parent"] == str(runs["reward"].workdir)
+    sft = start("sft", phases=ONE_STEP)
+    runs = {
+        stage: opened(start(stage, init_from=str(sft), phases=ONE_STEP))
+        for stage in ("reward", "dpo")
+    }
+    for run in runs.values():
+        lineage = [(entry["stage"], entry["run"], entry["step"]) for entry in run.result["lineage"]]
+        assert lineage == [("pretrain", str(pretrained), 4), ("sft", str(sft), 1)]
+        assert load_run(str(run.workdir)).meta["lineage"] == run.result["lineage"]
+        assert run.result["parent"] == str(sft)
+        hashes = run.result["hashes"], opened(pretrained).result["hashes"]
+        assert hashes[0]["tokenizer"] == hashes[1]["tokenizer"]
     heads = {stage: "['reward_head']['kernel']" in run.params for stage, run in runs.items()}
-    assert heads == {"sft": False, "reward": True, "dpo": False}
-    tokenizers = {run.result["hashes"]["tokenizer"] for run in runs.values()}
-    assert tokenizers == {opened(pretrained).result["hashes"]["tokenizer"]}
+    assert heads == {"reward": True, "dpo": False}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_head_that_the_stage_has_no_use_for_is_refused(build, start, stage):
+    rewards = start("reward", phases=ONE_STEP)
+    with pytest.raises(UserError, match=rf"model with reward_head, and stage '{stage}' has no use"):
+        build(stage, init_from=str(rewards))
 
 
 def test_parameters_that_do_not_fit_are_one_clear_line():
@@ -161,6 +167,23 @@ def test_dora_learns_magnitudes_beside_the_rest(start, opened):
     run = opened(start("sft", model=model, phases=ONE_STEP))
     assert any(name.endswith("['magnitude']") for name in run.params)
     assert load_run(str(run.workdir)).model.config.lora.dora
+
+
+@pytest.mark.parametrize(("stage", "sections"), [
+    ("sft", {"model": ADAPTERS, "quantize_base": "int8"}),
+    ("reward", {"model": ADAPTERS}),
+    ("dpo", {}),
+], ids=["sft", "reward", "dpo"])  # fmt: skip
+def test_the_mesh_changes_nothing_but_the_rounding(start, opened, stage, sections):
+    sections = {**sections, "optimizer": QUICK}
+    single = opened(start(stage, **sections))
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
+    divided = opened(start(stage, devices=4, mesh=mesh, **sections))
+    np.testing.assert_allclose(divided.logged("loss"), single.logged("loss"), rtol=1e-4)
+    key = "accuracy" if stage == "reward" else "loss"
+    found, wanted = (run.logged(f"eval/validation/{key}") for run in (divided, single))
+    assert len(found) == 2 and found == pytest.approx(wanted, rel=1e-3)
+    assert divided.result["hashes"]["data"] == single.result["hashes"]["data"]
 
 
 @pytest.mark.parametrize(("sections", "message"), [
