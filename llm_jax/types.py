@@ -86,8 +86,15 @@ class TrainState:
 
 
 def join(params: Any, frozen: Any) -> Any:
-    """The whole parameter tree: nested dicts `params` and `frozen`, which share no leaf, as one."""
+    """The whole parameter tree: nested dicts `params` and `frozen` as one, in either order.
+
+    Raises:
+      ValueError: a leaf is in both.
+    """
     if frozen is None:
         return params
     both = params.keys() & frozen.keys()
+    for key in sorted(both):
+        if not (isinstance(params[key], dict) and isinstance(frozen[key], dict)):
+            raise ValueError(f"parameter {key!r} is in both trees")
     return {**frozen, **params, **{key: join(params[key], frozen[key]) for key in both}}

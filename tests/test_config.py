@@ -189,13 +189,13 @@ def test_every_leaf_of_every_config_can_be_overridden_by_its_path(path, monkeypa
     flags = [
         f"--config.{leaf}={value}"
         for leaf, value in leaves.items()
-        if isinstance(value, (bool, int, float, str)) and value != ""
+        if isinstance(value, (bool, int, float, str))
+        and value != ""
         and not leaf.startswith("stages")
     ]
     assert len(flags) > 50
     config, _ = parse(["main", f"--config={path.relative_to(ROOT)}", *flags])
     assert flatten(resolved(config)) == leaves
-
 
 
 def test_a_placeholder_and_one_item_of_a_list_can_be_overridden(monkeypatch):

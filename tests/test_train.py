@@ -288,6 +288,7 @@ def point_trainer(config, mesh, source, evaluations=()):
             sample=None,
             meta={"stage": "point", "length": phase.length},
             flops_per_token=1.0,
+            micro_batches=1,
         ),
         tokenizer=ByteTokenizer(),
         data_fingerprint="points",

@@ -207,11 +207,11 @@ def _strength(comparison: Comparison) -> int:
         return -1
     name = comparison.strength.lower().replace("_", " ").strip()
     for index, known in enumerate(STRENGTHS):
-        if name in (known, known.removesuffix(" better")):
+        if name in (known, known.removesuffix(" better"), str(len(STRENGTHS) - 1 - index)):
             return index
     raise UserError(
         f"{comparison.where}: strength {comparison.strength!r} is not one of "
-        f"{', '.join(STRENGTHS)}: mend it, or leave the field out."
+        f"{', '.join(STRENGTHS)} (3, 2, 1, 0): mend it, or leave the field out."
     )
 
 

@@ -144,8 +144,8 @@ class PreferenceRows:
         if not arranged:
             raise UserError(
                 f"source={store.meta.source!r} holds nothing to compare in sequences of {length} "
-                f"tokens: {self.left_out} of {len(store)} answers are too long or empty, and a "
-                "pair needs answers of different scores."
+                f"tokens: {self.left_out} of {len(store)} answers are too long or empty, and "
+                f"{_NEEDS[arrangement]}."
             )
         self.responses = responses
         documents = np.full((len(arranged), self.responses, 2), _NONE, np.int64)
@@ -247,4 +247,10 @@ def _unpaired(store: TokenStore, usable: np.ndarray) -> Iterator[_Row]:
             yield _Row([(document, document), (document, other)], [label, 0.0])
 
 
+_NEEDS = {
+    "pairs": "a pair needs answers of different scores",
+    "groups": "a group needs answers of different scores",
+    "unpaired": "unpaired answers need those of another prompt beside them, in training and in "
+    "validation (data.validation_fraction)",
+}
 _ARRANGEMENTS = {"pairs": _pairs, "groups": _ranked, "unpaired": _unpaired}

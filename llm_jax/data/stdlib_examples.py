@@ -166,8 +166,10 @@ def _objects(folder: Path | None) -> Iterator[_Object]:
         summary = " ".join(docstring.strip().split("\n\n")[0].split())
         if not _SHORTEST <= len(summary) <= _LONGEST or summary in seen:
             continue
+        parts = documents.get(f"documentation/{module}")
+        if parts is None:
+            continue  # too short for a document, so pre-training has no side for it
         seen.add(summary)
-        parts = documents.get(f"documentation/{module}", [""])
         part = next((text for text in parts if f"{heading}\n\n" in text), parts[0])
         yield _describe(module, heading, node, summary, part)
 

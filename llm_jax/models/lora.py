@@ -32,6 +32,7 @@ from llm_jax.models.kernels import Layout, map_projections
 from llm_jax.models.product import product
 from llm_jax.models.quantize import dequantise, kernel_product
 from llm_jax.sharding import Named, unbox
+from llm_jax.types import join
 
 if TYPE_CHECKING:
     from llm_jax.models.config import ModelConfig
@@ -172,23 +173,6 @@ def split(params: Any) -> tuple[Any, Any]:
         else:
             base[name] = value
     return adapters, base
-
-
-def join(base: Any, adapters: Any) -> Any:
-    """The inverse of `split`: one tree with the leaves of both.
-
-    Raises:
-      UserError: a leaf is in both.
-    """
-    joined = dict(base)
-    for name, value in adapters.items():
-        if name not in joined:
-            joined[name] = value
-        elif isinstance(value, Mapping) and isinstance(joined[name], Mapping):
-            joined[name] = join(joined[name], value)
-        else:
-            raise UserError(f"parameter {name!r} is in both trees: give a base without adapters.")
-    return joined
 
 
 def merge(params: Any, config: ModelConfig) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from llm_jax.config import digest
 from llm_jax.data.example_store import comparison_stores, texts_of
 from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import Phase
@@ -143,7 +144,7 @@ def build(
     source = OfflineSource(
         phases, lambda phase: {PAIRS: training[phase.index]}, config.seed, ground.mesh
     )
-    fingerprint = training[0].fingerprint
+    fingerprint = digest({split: store.fingerprint for split, store in stores.items()})
     return ground.trainer(phases, source, settings, fingerprint)
 
 

@@ -41,9 +41,7 @@ class Reference:
         """
         self._config, self._ground = config, ground
         self._weights: Any = None
-        origin = ground.origin
-        known = origin.meta.get("reference") if origin is not None and origin.is_own else None
-        self._fingerprint: str = known or fingerprint(self._read())
+        self._fingerprint = self._identify()
         model = LanguageModel(dataclasses.replace(ground.model, lora=None))
         self._logprobs = ground.jit(
             functools.partial(response_logprobs, model, chunk=config.loss.chunk)
@@ -87,7 +85,21 @@ class Reference:
             parts.append(to_host(self._logprobs(weights, batch))[: len(chosen)])
         return np.concatenate(parts).astype(np.float32)
 
+    def _identify(self) -> str:
+        """A hash of the weights, without reading them where the run's past tells it."""
+        ground = self._ground
+        if ground.origin is not None and ground.origin.is_own:
+            return ground.origin.meta["reference"]
+        base = ground.weights.base
+        if base is None:
+            return fingerprint(self._read())
+        return digest([base.fingerprint, base.quantized]) if base.quantized else base.fingerprint
+
     def _read(self) -> Any:
+        """The weights that the policy begins with; its base, as the run holds it, if it is made of
+        adapters."""
+        if self._ground.weights.base is not None:
+            return self._ground.weights.frozen
         if self._weights is None:
             run, step = checkpoint.locate(self._config.init_from)
             self._weights = read_merged(run, step, self._ground.mesh)[1]

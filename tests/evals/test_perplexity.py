@@ -19,7 +19,9 @@ def make_rows(sizes, packing_name="best_fit"):
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(0, 11, size - 1), EOS) for size in sizes]
     store = types.SimpleNamespace(
-        tokens=np.concatenate(documents), offsets=np.concatenate([[0], np.cumsum(sizes)])
+        tokens=np.concatenate(documents),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        trained=None,
     )
     return packing.pack(store, LENGTH, packing_name)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax import checkpoint
+from llm_jax.binding import binding_digest
 from llm_jax.config import build as build_config
 from llm_jax.data.corpus import DataConfig
 from llm_jax.data.needle import NeedleConfig
@@ -158,10 +159,12 @@ def test_a_stage_inherits_architecture_tokenizer_and_the_average(build, parent):
     assert meta["model"]["rope"]["theta"] == 40_000.0  # that of the parent's last phase
     # What the run itself decides
     assert meta["model"]["max_length"] == 64 and meta["model"]["residual_dropout"] == 0.1
-    assert meta["lineage"] == [{"stage": "pretrain", "run": str(parent), "step": 4}]
+    before = {"stage": "pretrain", "run": str(parent), "step": 4, "config": binding_digest(parent)}
+    assert meta["lineage"] == [before]
     (line,) = [line for line in lines if "architecture and tokenizer come from" in line]
-    for key in ("embed_dim", "num_layers", "qk_norm"):
+    for key in ("embed_dim", "num_layers"):
         assert key in line.partition("gives way in")[2]
+    assert "qk_norm" not in line  # a field at its default asks for nothing
 
     boxed = jax.eval_shape(trainer.init_params, jax.random.key(0))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), boxed)
