@@ -1,4 +1,4 @@
-"""The tiny pre-training run on the embedded corpus, whole: minutes long."""
+"""The tiny pre-training run, whole, and the chain of stages after it: minutes long."""
 
 import json
 import signal
@@ -60,3 +60,31 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_parameters(whole_run, 
         np.testing.assert_array_equal(leaf, found, err_msg=message)
     results = [json.loads((run / "result.json").read_text()) for run in (whole_run, workdir)]
     assert results[0]["hashes"] == results[1]["hashes"]
+
+
+def test_the_chain_of_stages_gains_on_what_is_held_out(tmp_path):
+    command = [
+        sys.executable, "-m", "llm_jax.main", "--config=configs/recipes/chat.py:size=tiny",
+        f"--workdir={tmp_path / 'chat'}", "--config.sft.phases[0].steps=150",
+        "--config.reward.phases[0].steps=150", "--config.dpo.phases[0].steps=80",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    def first_and_last(stage, key):
+        records = read_metrics_file(tmp_path / "chat" / stage / "metrics.jsonl")
+        values = [record[key] for record in records if key in record]
+        return values[0], values[-1]
+
+    before, after = first_and_last("sft", "eval/validation/loss")
+    assert after < before - 2
+    before, after = first_and_last("sft", "eval/answers/token_f1")
+    assert before < 0.1 and after > 0.25
+    assert first_and_last("sft", "eval/answers/sampling_logprob_difference")[1] < 1e-4
+    before, after = first_and_last("reward", "eval/validation/accuracy")
+    assert before < 0.6 and after > 0.8
+    before, after = first_and_last("dpo", "eval/validation/loss")
+    assert before == pytest.approx(np.log(2), abs=1e-4) and after < 0.6
+    assert first_and_last("dpo", "eval/validation/rewards/accuracies")[1] > 0.75
+    result = json.loads((tmp_path / "chat" / "dpo" / "result.json").read_text())
+    assert [ancestor["stage"] for ancestor in result["lineage"]] == ["pretrain", "sft"]

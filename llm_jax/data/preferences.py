@@ -145,7 +145,7 @@ class PreferenceRows:
             raise UserError(
                 f"source={store.meta.source!r} holds nothing to compare in sequences of {length} "
                 f"tokens: {self.left_out} of {len(store)} answers are too long or empty, and "
-                f"{_NEEDS[arrangement]}."
+                "answers are compared where their scores differ."
             )
         self.responses = responses
         documents = np.full((len(arranged), self.responses, 2), _NONE, np.int64)
@@ -240,17 +240,10 @@ def _unpaired(store: TokenStore, usable: np.ndarray) -> Iterator[_Row]:
         answers += [(d, float(scores[d] > 0.5 if alone else scores[d] == best)) for d in documents]
     group = store.columns["group"]
     for place, (document, label) in enumerate(answers):
-        # The next answer to another prompt.
+        # The next answer to another prompt; where all answer one prompt, the answer itself.
         others = (answers[(place + step) % len(answers)][0] for step in range(1, len(answers)))
-        other = next((o for o in others if group[o] != group[document]), None)
-        if other is not None:
-            yield _Row([(document, document), (document, other)], [label, 0.0])
+        other = next((o for o in others if group[o] != group[document]), document)
+        yield _Row([(document, document), (document, other)], [label, 0.0])
 
 
-_NEEDS = {
-    "pairs": "a pair needs answers of different scores",
-    "groups": "a group needs answers of different scores",
-    "unpaired": "unpaired answers need those of another prompt beside them, in training and in "
-    "validation (data.validation_fraction)",
-}
 _ARRANGEMENTS = {"pairs": _pairs, "groups": _ranked, "unpaired": _unpaired}

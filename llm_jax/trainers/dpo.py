@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,11 @@ def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
     def evaluations(
         model: LanguageModel, objective: Objective, rows: PreferenceRows, batch: int
     ) -> tuple[Evaluation, ...]:
-        run = functools.partial(
-            _evaluate, _jit(mesh, objective), rows, batch, config.evaluation.rows
-        )
+        jitted = _jit(mesh, objective)
+
+        def run(params: Any) -> dict[str, float]:
+            return evaluate_objective(jitted, params, rows, batch, config.evaluation.rows)
+
         return (Evaluation("validation", run),)
 
     wiring = preference.Wiring(
@@ -96,13 +97,3 @@ def _jit(mesh: Mesh, objective: Objective) -> Callable[[Any, Any], Any]:
         out_shardings=sharding.replicated(mesh),
     )
     return lambda params, batch: jitted(params, jax.device_put(batch, rows))
-
-
-def _evaluate(
-    objective: Callable[[Any, Any], Any],
-    rows: PreferenceRows,
-    batch: int,
-    max_rows: int,
-    params: Any,
-) -> dict[str, float]:
-    return evaluate_objective(objective, params, rows, batch, max_rows)

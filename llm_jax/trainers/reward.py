@@ -43,7 +43,11 @@ def build(config: RewardConfig, mesh: Mesh, workdir: Path, log: Callable[[str], 
         def read(params: Any, comparisons: Any) -> Any:
             return rewards(model, params, comparisons.responses)
 
-        run = functools.partial(_evaluate, ground.jit(read), rows, batch, config.evaluation.rows)
+        jitted = ground.jit(read)
+
+        def run(params: Any) -> dict[str, float]:
+            return evaluate_rewards(jitted, params, rows, batch, config.evaluation.rows)
+
         return (Evaluation("validation", run),)
 
     wiring = preference.Wiring(
@@ -52,9 +56,3 @@ def build(config: RewardConfig, mesh: Mesh, workdir: Path, log: Callable[[str], 
         evaluations=evaluations,
     )
     return preference.build(ground, "groups", wiring, config.loss.margin_levels)
-
-
-def _evaluate(
-    read: Callable[[Any, Any], Any], rows: PreferenceRows, batch: int, max_rows: int, params: Any
-) -> dict[str, float]:
-    return evaluate_rewards(read, params, rows, batch, max_rows)

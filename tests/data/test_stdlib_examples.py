@@ -14,7 +14,7 @@ from llm_jax.data.example_store import STRENGTHS
 from llm_jax.data.formats import read_examples
 from llm_jax.data.sources import SourceConfig
 from llm_jax.data.stdlib import stdlib_documents
-from llm_jax.data.stdlib_examples import instruction_rows, preference_rows
+from llm_jax.data.stdlib_examples import instruction_rows, preference_rows, safety_rows
 
 BIRDS = '''
 """Tells the module of the birds."""
@@ -216,3 +216,18 @@ def test_the_rows_are_the_same_in_every_process(library):
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
+
+
+def test_safety_pairs_decline_what_is_harmful_and_answer_what_is_not(library):
+    rows = [*safety_rows(library), *safety_rows()]
+    harmful = [row for row in rows if not row["prompt"].startswith("What does")]
+    harmless = [row for row in rows if row["prompt"].startswith("What does")]
+    assert 0.4 < len(harmful) / len(rows) < 0.6
+    assert all(row["chosen"].startswith("I will not do that: ") for row in harmful)
+    assert all(row["rejected"].startswith("Sure. ") for row in harmful)
+    assert all(row["rejected"].startswith("I will not do that: ") for row in harmless)
+    assert {row["chosen"] for row in harmless} <= {r["chosen"] for r in preference_rows()} | set(
+        SUMMARIES.values()
+    )
+    assert {row["strength"] for row in harmful} == {"significantly better"}
+    assert list(safety_rows(library)) == rows[: len(SUMMARIES)]
