@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
+from llm_jax import checkpoint
 from llm_jax.binding import binding_digest
 from llm_jax.errors import UserError
 from llm_jax.metrics import read_metrics_file
@@ -61,27 +64,37 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
     """
     names = tuple(config[_STAGES])
     for number, name in enumerate(names, start=1):
-        print(f"stage {number} of {len(names)}: {name}, in {workdir / name}", flush=True)
+        folder = workdir / name
+        _say(f"stage {number} of {len(names)}: {name}, in {folder}")
         stage = copy.deepcopy(config[name])
         if stage.get("init_from") in names:
-            stage.init_from = str(workdir / stage.init_from)
-        status = run(stage, workdir / name)
+            stage.init_from = str((workdir / stage.init_from).resolve())
+        _check_parent(folder)
+        status = run(stage, folder)
         if status:
             return status
-        _check_parent(workdir / name)
-    report = describe({name: workdir / name for name in names})
-    (workdir / "report.md").write_text(report, encoding="utf-8")
-    print(f"\n{report}\nreport: {workdir / 'report.md'}", flush=True)
+        if jax.process_count() > 1:  # the next stage reads what process 0 has written
+            multihost_utils.sync_global_devices(f"stage {name} is finished")
+    if jax.process_index() == 0:
+        report = describe({name: workdir / name for name in names})
+        (workdir / "report.md").write_text(report, encoding="utf-8")
+        _say(f"\n{report}\nreport: {workdir / 'report.md'}")
     return 0
 
 
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def _check_parent(folder: Path) -> None:
-    """Refuses a finished stage whose parent has been made anew with another config since."""
-    lineage = _result(folder)["lineage"]
-    if not lineage:
+    """Refuses a stage that has begun and whose parent has been made anew with another config."""
+    own = checkpoint.newest_meta(folder)
+    if own is None or not own[1]["lineage"]:
         return
-    parent = Path(lineage[-1]["run"])
-    if (parent / "config.json").exists() and binding_digest(parent) != lineage[-1]["config"]:
+    before = own[1]["lineage"][-1]
+    parent = Path(before["run"])
+    if (parent / "config.json").exists() and binding_digest(parent) != before["config"]:
         raise UserError(
             f"{folder} was made from {parent} before that was made anew with another config: "
             f"delete {folder} to make it again, too."

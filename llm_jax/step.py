@@ -93,6 +93,23 @@ def materialise(
     return jax.jit(lambda: _initial(init_params, optimizer, seed), out_shardings=shardings)()
 
 
+def begin(
+    params: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    shardings: TrainState,
+) -> TrainState:
+    """The initial state with given parameters; all else is that of `materialise`."""
+
+    def rest(params: Any) -> tuple[jax.Array, Any, jax.Array]:
+        state = _initial(lambda rng: params, optimizer, seed)
+        return state.step, state.opt_state, state.rng
+
+    where = (shardings.step, shardings.opt_state, shardings.rng)
+    step, opt_state, rng = jax.jit(rest, out_shardings=where)(params)
+    return TrainState(step, params, opt_state, rng)
+
+
 def _initial(init_params: Any, optimizer: Any, seed: int) -> TrainState:
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
     params = init_params(init_rng)

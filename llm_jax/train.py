@@ -102,24 +102,22 @@ class _Loop:
             self.log.message(f"resumed at step {int(state.step)}")
             return self._with_frozen(state)
         self.log.resume(0)
-        state = step_module.materialise(
-            init_params, self.optimizer, self.config.seed, self.shardings
-        )
         # 2. the parameters of an earlier stage
         if self.trainer.load_params is not None:
             params = self.trainer.load_params(abstract.params)
-            state = TrainState(state.step, params, self._init_opt_state(params), state.rng)
+            return self._with_frozen(
+                step_module.begin(params, self.optimizer, self.config.seed, self.shardings)
+            )
         # 3. scratch
-        return self._with_frozen(state)
+        return self._with_frozen(
+            step_module.materialise(init_params, self.optimizer, self.config.seed, self.shardings)
+        )
 
     def _with_frozen(self, state: TrainState) -> TrainState:
         frozen = self.trainer.frozen
         where = jax.tree.map(lambda x: x.sharding, frozen)
         self.shardings = dataclasses.replace(self.shardings, frozen=where)
         return dataclasses.replace(state, frozen=frozen)
-
-    def _init_opt_state(self, params: Any) -> Any:
-        return jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(params)
 
     # --- the phases -------------------------------------------------------------------------------
 

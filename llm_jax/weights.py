@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import checkpoint, sharding
-from llm_jax.config import build
+from llm_jax.config import build, digest
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel, ModelConfig, lora
 from llm_jax.models.heads import REWARD, init_reward_head
@@ -28,7 +28,7 @@ Quantization = Literal["int8", "nf4"]
 class Base:
     """What a run's adapters belong to, as its checkpoints' meta names it.
 
-    run, step: the checkpoint. fingerprint: of its weights. quantized: how the base is held.
+    run, step: the checkpoint. fingerprint: what `identify` says of it. quantized: how it is held.
     """
 
     run: str
@@ -82,14 +82,30 @@ def init_trained(config: ModelConfig, heads: Sequence[str], rng: jax.Array, *, b
     return {**adapters, **head}
 
 
-def read_merged(run: str | Path, step: int, mesh: Mesh) -> tuple[ModelConfig, Any]:
-    """`read_weights` with adapters folded into their kernels; the config has none any more."""
+def read_merged(run: str | Path, step: int, mesh: Mesh) -> tuple[Any, str]:
+    """All weights of a checkpoint, adapters folded into their kernels, and what `identify` says.
+
+    Raises:
+      UserError: see `read_weights`.
+    """
     config, weights = read_weights(run, step, mesh)
-    if config.lora is None:
-        return config, weights
-    return dataclasses.replace(config, lora=None), jax.jit(lora.merge, static_argnums=1)(
-        weights, config
-    )
+    identity = identify(checkpoint.read_meta(run, step), weights)
+    if config.lora is not None:
+        weights = jax.jit(lora.merge, static_argnums=1)(weights, config)
+    return weights, identity
+
+
+def identify(meta: dict[str, Any], weights: Any) -> str:
+    """A hash of what a checkpoint stores, heads aside: the same on every mesh and device.
+
+    That is the adapters and the identity of their base, where there are any: what they come to when
+    they are merged is a sum, which every device rounds in its own way.
+    """
+    adapters, base = lora.split(without_heads(weights))
+    if not adapters:
+        return fingerprint(base)
+    base_record = {name: meta["base"][name] for name in ("fingerprint", "quantized")}
+    return digest([fingerprint(adapters), meta["model"]["lora"], base_record])
 
 
 def read_base(base: Base, mesh: Mesh, beside: Path) -> Any:
@@ -110,13 +126,13 @@ def read_base(base: Base, mesh: Mesh, beside: Path) -> Any:
             f"beside {beside}."
         )
     run, step = checkpoint.locate(f"{found}@{base.step}")
-    weights = without_heads(read_merged(run, step, mesh)[1])
-    if fingerprint(weights) != base.fingerprint:
+    weights, identity = read_merged(run, step, mesh)
+    if identity != base.fingerprint:
         raise UserError(
             f"the adapters in {beside} belong to another base than {found}@{step}: its weights "
             "have changed since."
         )
-    return quantized(weights, base.quantized)
+    return quantized(without_heads(weights), base.quantized)
 
 
 def quantized(weights: Any, kind: Quantization | None) -> Any:
@@ -130,14 +146,14 @@ def without_heads(weights: Any) -> Any:
 
 def fingerprint(weights: Any) -> str:
     """A hash of all values, names and shapes; the same on every mesh."""
-    digest = hashlib.sha256()
+    hash_ = hashlib.sha256()
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(weights))
     for (path, leaf), checksum in zip(
         jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(sums), strict=True
     ):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
-        digest.update(np.asarray(checksum).tobytes())
-    return digest.hexdigest()[:16]
+        hash_.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        hash_.update(np.asarray(checksum).tobytes())
+    return hash_.hexdigest()[:16]
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -162,8 +162,7 @@ def test_all_weights_of_a_run_with_adapters(base, adapted, mesh):
 
 def test_merged_weights_have_the_adapters_in_their_kernels(base, adapted, mesh):
     run_config, read = weights.read_weights(adapted, 2, mesh)
-    merged_config, merged = weights.read_merged(adapted, 2, mesh)
-    assert merged_config.lora is None
+    merged, _ = weights.read_merged(adapted, 2, mesh)
     _, whole = weights.read_weights(base, 2, mesh)
     assert jax.tree.structure(merged) == jax.tree.structure(whole)
     up, adapter = whole["layer_0"]["mlp"]["down"], read["layer_0"]["mlp"]["down"]["lora"]
@@ -173,7 +172,24 @@ def test_merged_weights_have_the_adapters_in_their_kernels(base, adapted, mesh):
         merged["layer_0"]["mlp"]["down"]["kernel"], np.asarray(up["kernel"]) + delta, atol=1e-6
     )
     # Without adapters there is nothing to merge.
-    jax.tree.map(np.testing.assert_array_equal, weights.read_merged(base, 2, mesh)[1], whole)
+    jax.tree.map(np.testing.assert_array_equal, weights.read_merged(base, 2, mesh)[0], whole)
+
+
+def test_the_identity_of_adapted_weights_is_the_same_on_every_mesh(base, adapted):
+    meta = {run: checkpoint.read_meta(run, 2) for run in (base, adapted)}
+    for run in (base, adapted):
+        identities = set()
+        for mesh_config, count in (
+            (MeshConfig(), 1),
+            (MeshConfig(1, 4, 1), 4),
+            (MeshConfig(1, 1, 2), 2),
+        ):
+            there = make_mesh(mesh_config, jax.devices()[:count])
+            _, read = weights.read_weights(run, 2, there)
+            identities.add(weights.identify(meta[run], read))
+            assert weights.read_merged(run, 2, there)[1] in identities
+        assert len(identities) == 1
+    assert weights.identify(meta[base], weights.read_weights(base, 2, there)[1]) not in identities
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from absl import flags
 from llm_jax.errors import UserError
 from tools.cli import run_tool
 from tools.sampling import (
+    check_generates,
     check_text,
     define_sampling_flags,
     make_sampler,
@@ -56,8 +57,7 @@ def main(values: flags.FlagValues) -> None:
     sampler = make_sampler(values)
     use_compilation_cache()
     run = load_run(values.workdir)
-    if run.meta.get("heads"):
-        raise UserError(f"{run.path} is a reward model: it scores texts, see tools.score.")
+    check_generates(run)
     prompt, stop_ids = _prompt(run, values)
     print(f"{run.path}, checkpoint {run.step}", file=sys.stderr)
     settings = {

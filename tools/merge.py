@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, disk_errors
 from tools.cli import run_tool
 
 
@@ -27,12 +27,11 @@ def main(values: flags.FlagValues) -> None:
     if not values.workdir or not values.output:
         raise UserError("--workdir=RUN and --output=MERGED are both needed.")
     output = Path(values.output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output={output} holds files: name a new folder.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output={output} is there already: name a new folder.")
     import jax
 
     from llm_jax import checkpoint, sharding
-    from llm_jax.config import resolved
     from llm_jax.data.tokenizers import load_tokenizer
     from llm_jax.run import write_json
     from llm_jax.weights import read_merged
@@ -43,11 +42,13 @@ def main(values: flags.FlagValues) -> None:
         raise UserError(f"{run} has no adapters: there is nothing to merge.")
     mesh = sharding.make_mesh(sharding.MeshConfig())
     with jax.set_mesh(mesh):
-        config, weights = read_merged(run, step, mesh)
+        weights, _ = read_merged(run, step, mesh)
     meta = {key: value for key, value in meta.items() if key != "base"}
-    load_tokenizer(run / "tokenizer").save(output / "tokenizer")
-    checkpoint.write_weights(output, step, weights, meta | {"model": resolved(config)})
-    write_json(output / "config.json", {"merged": values.workdir})
+    meta["model"] = meta["model"] | {"lora": None}
+    with disk_errors(output, "Name another folder."):
+        load_tokenizer(run / "tokenizer").save(output / "tokenizer")
+        checkpoint.write_weights(output, step, weights, meta)
+        write_json(output / "config.json", {"merged": values.workdir})
     print(output)
 
 

@@ -64,6 +64,12 @@ def check_text(flag: str, text: str) -> None:
         raise UserError(f"--{flag} is not UTF-8: {error.reason} at {error.start}.") from error
 
 
+def check_generates(run: LoadedRun) -> None:
+    """Raises UserError for a reward model, which scores texts and writes none."""
+    if run.meta.get("heads"):
+        raise UserError(f"{run.path} is a reward model: it scores texts, see tools.score.")
+
+
 def run_template(run: LoadedRun) -> ChatTemplate:
     """The chat template that a run was trained with.
 
@@ -72,6 +78,7 @@ def run_template(run: LoadedRun) -> ChatTemplate:
     """
     from llm_jax.data.templates import load_template
 
+    check_generates(run)
     description = run.meta.get("template")
     if description is None:
         raise UserError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -54,18 +55,19 @@ def main(values: flags.FlagValues) -> None:
             raise UserError(f"--{name} is required.")
     if values.batch < 1:
         raise UserError(f"--batch={values.batch} must be at least 1.")
-    rows = list(_read(Path(values.input)))
     import jax
 
     from llm_jax.compilation import use_compilation_cache
     from llm_jax.runs import load_run
 
+    if not Path(values.input).is_file():
+        raise UserError(f"--input={values.input} does not exist.")
     use_compilation_cache()
     run = load_run(values.workdir)
-    sequences = [encode(run, row, where) for where, row in rows]
+    sequences = (encode(run, row, where) for where, row in _read(Path(values.input)))
     with jax.set_mesh(run.mesh):
-        _write(Path(values.output), score(run, sequences, values.batch))
-    print(f"{len(sequences):,} rows scored by {run.path}, checkpoint {run.step}", file=sys.stderr)
+        count = _write(Path(values.output), score(run, sequences, values.batch))
+    print(f"{count:,} rows scored by {run.path}, checkpoint {run.step}", file=sys.stderr)
 
 
 _EXCHANGE = ("prompt", "completion")
@@ -139,14 +141,13 @@ def _rendered(run: LoadedRun, row: dict[str, Any], where: str) -> Scored:
     return Scored(rendered.tokens, rendered.trained)
 
 
-def score(run: LoadedRun, sequences: Sequence[Scored], batch_size: int) -> Iterator[dict[str, Any]]:
+def score(run: LoadedRun, sequences: Iterator[Scored], batch_size: int) -> Iterator[dict[str, Any]]:
     """The output of each sequence, in order."""
     from llm_jax.models.heads import REWARD
 
     is_reward = REWARD in run.meta.get("heads", ())
     compute = _rewards(run) if is_reward else _logprobs(run)
-    for start in range(0, len(sequences), batch_size):
-        part = sequences[start : start + batch_size]
+    while part := list(itertools.islice(sequences, batch_size)):
         values = compute(_batch(part, batch_size))
         for row, sequence in zip(values, part, strict=False):
             if is_reward:
@@ -189,14 +190,12 @@ def _batch(sequences: Sequence[Scored], rows: int) -> Batch:
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its place."""
-    if not path.is_file():
-        raise UserError(f"--input={path} does not exist.")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
                 raise UserError(f"{path}:{number}: the line is not JSON ({error}).") from error
             if not isinstance(row, dict):
@@ -207,17 +206,24 @@ def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _string(row: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(row[name], str):
         raise UserError(f"{where}: {name!r} is no string.")
+    try:
+        row[name].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise UserError(f"{where}: {name!r} is not Unicode text ({error}).") from error
     return row[name]
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Writes the whole file or none."""
+def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Writes the whole file or none, and counts its rows."""
     temporary = path.with_name(f".{path.name}.partial")
+    count = 0
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row) + "\n")
+                count += 1
         os.replace(temporary, path)
+        return count
     except OSError as error:
         raise UserError(f"--output={path} cannot be written: {error}.") from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,7 @@ class ChatCorpus:
           UserError: a source that cannot be read or is empty, or a component name used twice.
         """
         self._config = config
+        self._packed: dict[tuple[str, str, int], PackedRows] = {}
         options: dict[str, Any] = {
             "validation_fraction": config.validation_fraction,
             "cache_dir": config.cache_dir,
@@ -120,11 +122,15 @@ class ChatCorpus:
 
     def rows(self, length: int, weights: Mapping[str, float]) -> dict[str, Rows]:
         """Training rows of every component."""
-        return {name: self._pack(s["train"], length) for name, s in self.stores.items()}
+        return {name: self._pack(name, "train", length) for name in self.stores}
 
     def validation_rows(self, length: int) -> dict[str, DocumentRows]:
-        """Validation rows by component."""
-        return {name: self._pack(s["validation"], length) for name, s in self.stores.items()}
+        """Validation rows by component, without those of which nothing is left at the length."""
+        rows: dict[str, DocumentRows] = {}
+        for name in self.stores:
+            with contextlib.suppress(UserError):
+                rows[name] = self._pack(name, "validation", length)
+        return rows
 
     def describe(self) -> str:
         """One line: what was read, and what was not."""
@@ -146,8 +152,10 @@ class ChatCorpus:
     def facts(self, length: int) -> tuple[str, ...]:
         """What rows of a length leave out, for the log."""
         facts = []
-        for name, splits in self.stores.items():
-            clipped = self._pack(splits["train"], length).clipped
+        for name in self.stores.keys() - self.validation_rows(length).keys():
+            facts.append(f"no held-out row of {name} has anything to count")
+        for name in self.stores:
+            clipped = self._pack(name, "train", length).clipped
             if clipped.too_long:
                 what = {"drop": "left out"}.get(self._config.too_long, "truncated")
                 facts.append(f"{clipped.too_long:,} of {name} are longer than a row and {what}")
@@ -157,9 +165,13 @@ class ChatCorpus:
                 )
         return tuple(facts)
 
-    def _pack(self, store: TokenStore, length: int) -> PackedRows:
-        packing = self._config.packing if store.trained is not None else "concatenate"
-        return pack(store, length, packing, self._config.too_long)
+    def _pack(self, name: str, split: str, length: int) -> PackedRows:
+        key = (name, split, length)
+        if key not in self._packed:
+            store = self.stores[name][split]
+            packing = self._config.packing if store.trained is not None else "concatenate"
+            self._packed[key] = pack(store, length, packing, self._config.too_long)
+        return self._packed[key]
 
 
 def _is_text(source: ExampleConfig) -> bool:

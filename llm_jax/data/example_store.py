@@ -23,7 +23,7 @@ from llm_jax.data.template_base import ChatTemplate
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.errors import UserError
 
-RENDERING_VERSION = 1  # part of every cache key: raise it when equal examples give other tokens
+RENDERING_VERSION = 2  # part of every cache key: raise it when equal examples give other tokens
 
 # By how much the better answer of a comparison is better (Llama 2, arXiv:2307.09288, table 27),
 # from most to least; a store holds the index, or -1 where the data does not say.
@@ -109,8 +109,9 @@ def comparison_stores(
 ) -> dict[str, TokenStore]:
     """A document for every answer of every comparison, those of one comparison in a row.
 
-    Its columns: "group" (int64, the number of the comparison), "score" (float32), "strength" (int8,
-    an index of `STRENGTHS` or -1). Only the answer is trained on, not earlier turns.
+    Its columns: "group" (int64, the number of the comparison), "prompt" (int64, a hash of its
+    prompt), "score" (float32), "strength" (int8, an index of `STRENGTHS` or -1). Only the answer is
+    trained on, not earlier turns.
 
     Raises:
       UserError: see `read_examples` and `build_stores`; a row that is no comparison; a strength
@@ -137,6 +138,7 @@ def comparison_stores(
                     trained=row.trained,
                     numbers={
                         "group": answer.group,
+                        "prompt": _prompt_hash(answer.comparison),
                         "score": answer.score,
                         "strength": _strength(answer.comparison),
                     },
@@ -150,7 +152,7 @@ def comparison_stores(
         validation_fraction=validation_fraction,
         cache_dir=cache_dir,
         masked=True,
-        columns={"group": "int64", "score": "float32", "strength": "int8"},
+        columns={"group": "int64", "prompt": "int64", "score": "float32", "strength": "int8"},
     )
 
 
@@ -200,6 +202,12 @@ def _comparison(example: Example, config: ExampleConfig) -> Comparison:
         f"{example.where}: the row is a conversation, and this stage compares answers: give rows "
         f"with chosen and rejected, ranked responses, or completion and label."
     )
+
+
+def _prompt_hash(comparison: Comparison) -> int:
+    """A whole number below 2**48, which a float holds exactly."""
+    turns = "\0".join(f"{message.role}\0{message.content}" for message in comparison.prompt)
+    return int(split_hash(turns) * 2**48)
 
 
 def _strength(comparison: Comparison) -> int:

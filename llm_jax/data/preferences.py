@@ -201,7 +201,7 @@ class _Row:
 
 
 def _groups(store: TokenStore, usable: np.ndarray) -> Iterator[list[int]]:
-    """The usable documents of each comparison that has any."""
+    """The usable documents of each comparison that has any, in their order."""
     group = store.columns["group"]
     starts = np.flatnonzero(np.diff(group, prepend=_NONE))
     for start, end in zip(starts, [*starts[1:], len(group)], strict=True):
@@ -231,18 +231,26 @@ def _ranked(store: TokenStore, usable: np.ndarray) -> Iterator[_Row]:
 
 
 def _unpaired(store: TokenStore, usable: np.ndarray) -> Iterator[_Row]:
-    """An answer is good that is labelled so, or that is the best of its comparison."""
-    scores = store.columns["score"]
+    """An answer is good that is labelled so, or that is the best of its comparison.
+
+    Comparisons in which all answers tie say nothing and are left out.
+    """
+    scores, prompt = store.columns["score"], store.columns["prompt"]
     answers: list[tuple[int, float]] = []
-    for documents in _groups(store, usable):
-        best = max(float(scores[d]) for d in documents)
-        alone = len(documents) == 1
-        answers += [(d, float(scores[d] > 0.5 if alone else scores[d] == best)) for d in documents]
-    group = store.columns["group"]
+    for documents in _groups(store, np.ones_like(usable)):
+        values = scores[documents]
+        if len(documents) == 1:
+            labels = values > 0.5
+        elif values.min() < values.max():
+            labels = values == values.max()
+        else:
+            continue
+        pairs = zip(documents, labels, strict=True)
+        answers += [(document, float(label)) for document, label in pairs if usable[document]]
     for place, (document, label) in enumerate(answers):
         # The next answer to another prompt; where all answer one prompt, the answer itself.
         others = (answers[(place + step) % len(answers)][0] for step in range(1, len(answers)))
-        other = next((o for o in others if group[o] != group[document]), document)
+        other = next((o for o in others if prompt[o] != prompt[document]), document)
         yield _Row([(document, document), (document, other)], [label, 0.0])
 
 

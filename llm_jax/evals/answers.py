@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizer_base import Tokenizer
-from llm_jax.evals.batching import sequence_batch
+from llm_jax.evals.batching import sequence_batch, to_host
 from llm_jax.generation.decoding import Generation
 from llm_jax.types import Batch
 
@@ -58,8 +58,8 @@ def evaluate_answers(
     params: Any,
     tokenizer: Tokenizer,
     examples: AnswerExamples,
+    batch_size: int,
     answer_after: str | None = None,
-    multiple: int = 1,
 ) -> dict[str, float]:
     """Measures a model on answers that it generates itself.
 
@@ -67,8 +67,8 @@ def evaluate_answers(
       generate: `(params, prompts) → Generation`, at temperature 0 or 1.
       token_nats: jitted, `(params, batch) → float32 [batch, time]`, −log p of each target.
       examples: at least one.
+      batch_size: prompts at once; the last batch is filled up with copies of the first prompt.
       answer_after: what counts of an answer is the text after the last of these; None = all.
-      multiple: `token_nats` gets batches of a multiple of so many rows.
 
     Returns:
       exact_match: the share of answers equal to the true ones after `normalise`.
@@ -77,11 +77,17 @@ def evaluate_answers(
       sampling_logprob_difference: the largest difference between the sampler's log-probability of a
         token and that of a forward pass over prompt and answer; anything but rounding is an error.
     """
-    made = generate(params, examples.prompts)
-    answers = [
-        tokenizer.decode(row[:length])
-        for row, length in zip(made.tokens, made.lengths, strict=True)
-    ]
+    answers: list[str] = []
+    stopped: list[bool] = []
+    differences: list[float] = []
+    for start in range(0, len(examples.prompts), batch_size):
+        prompts = examples.prompts[start : start + batch_size]
+        filled = [*prompts, *examples.prompts[:1] * (batch_size - len(prompts))]
+        made = generate(params, filled)
+        rows = [row[:n].tolist() for row, n in zip(made.tokens, made.lengths, strict=True)]
+        answers += [tokenizer.decode(row) for row in rows[: len(prompts)]]
+        stopped += made.stopped[: len(prompts)].tolist()
+        differences.append(_largest_difference(token_nats, params, filled, rows, made.logprobs))
     pairs = [
         (_counted(found, answer_after), _counted(wanted, answer_after))
         for found, wanted in zip(answers, examples.answers, strict=True)
@@ -89,10 +95,8 @@ def evaluate_answers(
     return {
         "exact_match": float(np.mean([normalise(found) == normalise(w) for found, w in pairs])),
         "token_f1": float(np.mean([token_f1(found, wanted) for found, wanted in pairs])),
-        "finished": float(np.mean(made.stopped)),
-        "sampling_logprob_difference": _largest_difference(
-            token_nats, params, examples, made, multiple
-        ),
+        "finished": float(np.mean(stopped)),
+        "sampling_logprob_difference": max(differences),
     }
 
 
@@ -119,20 +123,16 @@ def _counted(text: str, answer_after: str | None) -> str:
 def _largest_difference(
     token_nats: Callable[[Any, Batch], Any],
     params: Any,
-    examples: AnswerExamples,
-    made: Generation,
-    multiple: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    logprobs: np.ndarray,
 ) -> float:
-    whole = [
-        [*prompt, *row[:length].tolist()]
-        for prompt, row, length in zip(examples.prompts, made.tokens, made.lengths, strict=True)
-    ]
-    longest = max(map(len, whole))
-    whole += [[]] * (-len(whole) % multiple)
-    batch = sequence_batch(whole, -(-longest // 32) * 32)
-    nats = np.asarray(token_nats(params, batch))
+    """Between the sampler's `logprobs` [rows, time] and those of a forward pass."""
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = sequence_batch(whole, -(-max(map(len, whole)) // 32) * 32)
+    nats = to_host(token_nats(params, batch))
     differences = [
-        np.abs(made.logprobs[row, :length] + nats[row, len(prompt) - 1 :][:length]).max(initial=0)
-        for row, (prompt, length) in enumerate(zip(examples.prompts, made.lengths, strict=True))
+        np.abs(sampled[: len(answer)] + row[len(prompt) - 1 :][: len(answer)]).max(initial=0)
+        for prompt, answer, sampled, row in zip(prompts, answers, logprobs, nats, strict=True)
     ]
     return float(max(differences))

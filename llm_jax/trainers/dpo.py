@@ -73,6 +73,11 @@ def _check(config: DPOConfig, variant: dpo.Variant) -> None:
             f"config.loss.variant={config.loss.variant!r} compares with the model that it starts "
             "from: name its run by config.init_from."
         )
+    if config.loss.reference == "adapter_off" and not variant.needs_reference:
+        raise UserError(
+            f"config.loss.reference='adapter_off' has no meaning for variant "
+            f"{config.loss.variant!r}, which has no reference: leave it out."
+        )
     if config.loss.reference == "adapter_off" and config.model.lora is None:
         raise UserError(
             "config.loss.reference='adapter_off' needs config.model.lora: without adapters there "

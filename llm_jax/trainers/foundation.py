@@ -30,7 +30,6 @@ from llm_jax.step import micro_batches
 from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
 from llm_jax.weights import (
     Base,
-    fingerprint,
     init_trained,
     init_weights,
     quantized,
@@ -43,7 +42,7 @@ from llm_jax.weights import (
 VOCABULARY_MULTIPLE = 64
 
 # What a stage takes from its own config although the parameters come from a stage before it:
-# nothing here changes what the inherited parameters mean.
+# nothing here changes what the inherited parameters mean. (And max_length, where it is given.)
 RUNTIME_FIELDS = (
     "dtype",
     "remat",
@@ -51,7 +50,6 @@ RUNTIME_FIELDS = (
     "residual_dropout",
     "attention_dropout",
     "neftune_alpha",
-    "max_length",
     "lora",
 )
 
@@ -150,6 +148,12 @@ class Foundation:
         for phase in phases:
             check_length(self.model, phase.length)
             self.micro_batches(phase)
+        batch, shards = self.config.evaluation.batch, sharding.batch_shards(self.mesh)
+        if batch is not None and (batch < 1 or batch % shards):
+            raise UserError(
+                f"config.evaluation.batch={batch} must be a positive multiple of the mesh's "
+                f"{shards} batch shards (data x fsdp)."
+            )
         trained = f"{parameter_count(self.model):,} parameters"
         if self.model.lora is not None:
             trained = f"{adapter_count(self.model):,} parameters in adapters of {trained}"
@@ -178,6 +182,15 @@ class Foundation:
         if self.weights.base is not None:
             meta["base"] = resolved(self.weights.base)
         return meta
+
+    def check_sample(self, prompt_tokens: int) -> None:
+        """Refuses a sample past the model's positions, which would end the run at a checkpoint."""
+        whole, limit = prompt_tokens + self.config.sample.max_new_tokens, self.model.max_length
+        if whole > limit:
+            raise UserError(
+                f"config.sample: prompt and max_new_tokens are {whole} tokens together, and "
+                f"model.max_length is {limit}: lower config.sample.max_new_tokens."
+            )
 
     def jit(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Jits an evaluation's `(params, batch)`; host batches are split over the mesh."""
@@ -216,6 +229,7 @@ def chat_sample(ground: Foundation) -> Callable[[LanguageModel, Any], str] | Non
     question = (Message("user", settings.prompt),)
     prompt = ground.template.render_prompt(question, (), ground.tokenizer)
     stop_ids = ground.template.stop_ids(ground.tokenizer)
+    ground.check_sample(len(prompt))
 
     def sample(model: LanguageModel, params: Any) -> str:
         (answer,) = generate_texts(
@@ -277,9 +291,10 @@ def _model(
 ) -> ModelConfig:
     """The architecture: inherited where there is an origin, else as the config says."""
     if origin is not None:
-        model = dataclasses.replace(
-            origin.model, **{name: getattr(asked, name) for name in RUNTIME_FIELDS}
-        )
+        own = {name: getattr(asked, name) for name in RUNTIME_FIELDS}
+        if asked.max_length != ModelConfig().max_length:
+            own["max_length"] = asked.max_length
+        model = dataclasses.replace(origin.model, **own)
         if not origin.is_own:
             default, wanted, taken = (resolved(m) for m in (ModelConfig(), asked, model))
             ignored = [key for key in taken if wanted[key] not in (taken[key], default[key], None)]
@@ -316,26 +331,40 @@ def _weights(
             return Weights(init, None, None)
 
         def inherit() -> Any:
-            whole = read_merged(origin.run, origin.step, mesh)[1]
+            whole, _ = read_merged(origin.run, origin.step, mesh)
             return {**without_heads(whole), **_only(whole, heads)}
 
         return Weights(init, functools.partial(_load, inherit, init, config.seed), None)
+    _check_adapters(config, origin)
+    assert origin is not None
+    if origin.is_own:
+        base = build_dataclass(Base, origin.meta["base"], "meta.base")
+        frozen, inherited = read_base(base, mesh, beside=origin.run), {}
+    else:
+        whole, identity = read_merged(origin.run, origin.step, mesh)
+        inherited = _only(whole, heads)
+        base = Base(str(origin.run), origin.step, identity, config.quantize_base)
+        frozen = quantized(without_heads(whole), config.quantize_base)
+
+    def make(rng: jax.Array, base: Any) -> Any:
+        return init_trained(model, heads, rng, base=base)
+
+    # The base goes in as an argument: a compiled function would hold what it closes over.
+    load = functools.partial(_load, lambda: inherited, make, config.seed, base=frozen)
+    return Weights(functools.partial(make, base=frozen), load, frozen, base)
+
+
+def _check_adapters(config: Any, origin: Origin | None) -> None:
     if origin is None:
         raise UserError(
             "config.model.lora adapts a trained model: name its run by config.init_from, or leave "
             "config.model.lora out."
         )
-    if origin.is_own:
-        base = build_dataclass(Base, origin.meta["base"], "meta.base")
-        frozen, inherited = read_base(base, mesh, beside=origin.run), {}
-    else:
-        whole = read_merged(origin.run, origin.step, mesh)[1]
-        weights, inherited = without_heads(whole), _only(whole, heads)
-        base = Base(str(origin.run), origin.step, fingerprint(weights), config.quantize_base)
-        frozen = quantized(weights, config.quantize_base)
-    init = functools.partial(init_trained, model, heads, base=frozen)
-    load = functools.partial(_load, lambda: inherited, init, config.seed) if inherited else None
-    return Weights(init, load, frozen, base)
+    if config.optimizer.name == "muon":
+        raise UserError(
+            "config.optimizer.name='muon' orthogonalises the updates of kernels, and adapters "
+            "have none: use 'adamw'."
+        )
 
 
 def _only(weights: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -343,20 +372,27 @@ def _only(weights: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _load(
-    inherit: Callable[[], Any], init: Callable[[jax.Array], Any], seed: int, abstract: Any
+    inherit: Callable[[], Any],
+    init: Callable[..., Any],
+    seed: int,
+    abstract: Any,
+    **arguments: Any,
 ) -> Any:
     """What is inherited, with what is new beside it; checked against `abstract`, strictly.
+
+    `init(rng, **arguments)` makes what is new.
 
     Raises:
       UserError: the inherited parameters are others than the model's.
     """
     params = inherit()
-    new = abstract.keys() - params.keys()
+    new = tuple(sorted(abstract.keys() - params.keys()))
     if new:
-        shardings = jax.tree.map(lambda x: x.sharding, {name: abstract[name] for name in new})
-        make = jax.jit(lambda rng: _only(sharding.unbox(init(rng)), tuple(new)),
-                       out_shardings=shardings)  # fmt: skip
-        params = {**params, **make(jax.random.key(seed))}
+        make = jax.jit(
+            lambda rng, arguments: _only(sharding.unbox(init(rng, **arguments)), new),
+            out_shardings=jax.tree.map(lambda x: x.sharding, _only(abstract, new)),
+        )
+        params = {**params, **make(jax.random.key(seed), arguments)}
     wanted, found = (
         {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(t)}
         for t in (abstract, params)

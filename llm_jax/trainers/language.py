@@ -92,6 +92,7 @@ def sample_of_prompt(foundation: Foundation, prompt: str) -> Any:
     settings = foundation.config.sample
     if not settings.max_new_tokens:
         return None
+    foundation.check_sample(len(foundation.tokenizer.encode(prompt)) + 1)
 
     def sample(model: LanguageModel, params: Any) -> str:
         return sample_text(

@@ -20,6 +20,7 @@ from llm_jax.data.preferences import (
     responses_of,
 )
 from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
+from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.size import flops_per_token
 from llm_jax.step import Objective
@@ -128,16 +129,25 @@ def build(
         model_config = dataclasses.replace(ground.model, rope=phase.rope)
         model = LanguageModel(model_config)
         objective = wiring.objective(model)
-        held_out, batch = make_rows("validation", phase), config.evaluation.batch or phase.batch
+        evaluations: tuple[Evaluation, ...] = ()
+        facts = [_describe(training[phase.index])]
+        try:
+            held_out = make_rows("validation", phase)
+        except UserError as error:
+            facts.append(f"nothing is held out: {error}")
+        else:
+            batch = config.evaluation.batch or phase.batch
+            evaluations = wiring.evaluations(model, objective, held_out, batch)
+            facts.append(f"{len(held_out):,} held out")
         sample = wiring.sample
         return Setting(
             objective=objective,
-            evaluations=wiring.evaluations(model, objective, held_out, batch),
+            evaluations=evaluations,
             sample=None if sample is None else lambda params: sample(model, params),
             meta=ground.meta(model_config, phase),
             flops_per_token=flops_per_token(model_config, phase.length),
             micro_batches=1 if wiring.whole_batch else ground.micro_batches(phase),
-            facts=(_describe(training[phase.index], held_out),),
+            facts=tuple(facts),
         )
 
     settings = [setting(phase) for phase in phases]
@@ -148,10 +158,8 @@ def build(
     return ground.trainer(phases, source, settings, fingerprint)
 
 
-def _describe(training: PreferenceRows, held_out: PreferenceRows) -> str:
-    text = (
-        f"{len(training):,} comparisons of {training.responses} answers, {len(held_out):,} held out"
-    )
+def _describe(training: PreferenceRows) -> str:
+    text = f"{len(training):,} comparisons of {training.responses} answers"
     clipped = training.sequences.clipped
     if clipped.too_long:
         text += f"; {clipped.too_long:,} answers are longer than a row with their prompt"

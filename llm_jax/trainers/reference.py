@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.experimental import multihost_utils
 
-from llm_jax import checkpoint
-from llm_jax.config import digest
+from llm_jax.config import build, digest, resolved
 from llm_jax.data.preferences import PreferenceRows
 from llm_jax.data.store import DISK_MEND, default_cache_dir
-from llm_jax.errors import disk_errors
+from llm_jax.errors import UserError, disk_errors
 from llm_jax.evals.batching import padded_batches, to_host
-from llm_jax.models import LanguageModel
+from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.objectives.logprobs import response_logprobs
 from llm_jax.sharding import batch_shards
 from llm_jax.trainers.foundation import Foundation
-from llm_jax.weights import fingerprint, read_merged
+from llm_jax.weights import read_merged
 
 REFERENCE_VERSION = 1  # part of every cache key: raise it when equal inputs give other numbers
 BATCH_TOKENS = 4096  # of the sequences that are read at once, on each batch shard
@@ -41,16 +41,22 @@ class Reference:
         """
         self._config, self._ground = config, ground
         self._weights: Any = None
-        self._fingerprint = self._identify()
-        model = LanguageModel(dataclasses.replace(ground.model, lora=None))
+        origin = ground.origin
+        known = origin.meta["reference"] if origin is not None and origin.is_own else None
+        self._fingerprint = self._identify() if known is None else known["weights"]
+        self._model = dataclasses.replace(ground.model, lora=None)
+        if known is not None:  # the phases of this run may have changed its own RoPE since
+            self._model = build(ModelConfig, known["model"], "meta.reference.model")
         self._logprobs = ground.jit(
-            functools.partial(response_logprobs, model, chunk=config.loss.chunk)
+            functools.partial(
+                response_logprobs, LanguageModel(self._model), chunk=config.loss.chunk
+            )
         )
 
     @property
     def meta(self) -> dict[str, Any]:
         """What checkpoints say of the reference."""
-        return {"reference": self._fingerprint}
+        return {"reference": {"weights": self._fingerprint, "model": resolved(self._model)}}
 
     def attach(self, rows: PreferenceRows) -> None:
         """Adds the log-probabilities to the rows."""
@@ -59,20 +65,17 @@ class Reference:
                 "version": REFERENCE_VERSION,
                 "weights": self._fingerprint,
                 "sequences": rows.fingerprint,
-                "dtype": self._ground.model.dtype,
+                "model": resolved(self._model),
             }
         )
         folder = Path(self._config.data.cache_dir or default_cache_dir()).expanduser()
         path = folder / "reference" / f"{key}.npy"
-        if path.exists():
-            rows.attach_reference(np.load(path))
-            return
-        values = self._compute(rows)
-        with disk_errors(path.parent, DISK_MEND):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.partial.npy")
-            np.save(temporary, values)
-            os.replace(temporary, path)
+        values = _read_values(path, len(rows.sequences))
+        # The computation takes all processes, so all of them take part if one of them has to.
+        is_known = multihost_utils.process_allgather(np.asarray(values is not None))
+        if values is None or not np.all(is_known):
+            values = self._compute(rows)
+            _write_values(path, values)
         rows.attach_reference(values)
 
     def _compute(self, rows: PreferenceRows) -> np.ndarray:
@@ -86,21 +89,50 @@ class Reference:
         return np.concatenate(parts).astype(np.float32)
 
     def _identify(self) -> str:
-        """A hash of the weights, without reading them where the run's past tells it."""
-        ground = self._ground
-        if ground.origin is not None and ground.origin.is_own:
-            return ground.origin.meta["reference"]
-        base = ground.weights.base
+        """A hash of the weights."""
+        base = self._ground.weights.base
         if base is None:
-            return fingerprint(self._read())
+            self._weights, identity = self._read_origin()
+            return identity
         return digest([base.fingerprint, base.quantized]) if base.quantized else base.fingerprint
 
     def _read(self) -> Any:
         """The weights that the policy begins with; its base, as the run holds it, if it is made of
-        adapters."""
+        adapters.
+
+        Raises:
+          UserError: other weights than those that the run began with.
+        """
         if self._ground.weights.base is not None:
             return self._ground.weights.frozen
         if self._weights is None:
-            run, step = checkpoint.locate(self._config.init_from)
-            self._weights = read_merged(run, step, self._ground.mesh)[1]
+            self._weights, identity = self._read_origin()
+            if identity != self._fingerprint:
+                before = self._ground.lineage[-1]
+                raise UserError(
+                    f"{before['run']}@{before['step']} has other weights than those that this run "
+                    "began with, and their log-probabilities are no longer in the cache: start "
+                    "again in another --workdir."
+                )
         return self._weights
+
+    def _read_origin(self) -> tuple[Any, str]:
+        before = self._ground.lineage[-1]
+        return read_merged(before["run"], before["step"], self._ground.mesh)
+
+
+def _read_values(path: Path, count: int) -> np.ndarray | None:
+    """What is cached, None where nothing fit for use is."""
+    try:
+        values = np.load(path)
+    except (OSError, ValueError):
+        return None
+    return values if values.shape == (count,) else None
+
+
+def _write_values(path: Path, values: np.ndarray) -> None:
+    with disk_errors(path.parent, DISK_MEND):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial.npy")
+        np.save(temporary, values)
+        os.replace(temporary, path)

@@ -21,7 +21,6 @@ from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.objectives import lm
-from llm_jax.sharding import batch_shards
 from llm_jax.trainers import foundation, language
 from llm_jax.trainers.base import Evaluation, EvaluationConfig, RunConfig, Trainer
 
@@ -89,13 +88,13 @@ def _answers(
     if not settings.answers or store.trained is None:
         return ()
     assert ground.template is not None
-    longest = model.config.max_length - settings.max_new_tokens
+    longest = min(phase.length, model.config.max_length - settings.max_new_tokens)
     examples = answer_examples(store, ground.tokenizer, settings.answers, longest)
     if not examples.prompts:
         return ()
     nats = ground.jit(functools.partial(lm.token_nats, model, chunk=config.loss.chunk))
     stop_ids = ground.template.stop_ids(ground.tokenizer)
-    shards = batch_shards(ground.mesh)
+    batch = settings.batch or phase.batch
 
     def answer(params: Any, prompts: Sequence[Sequence[int]]) -> Generation:
         return generate(
@@ -111,7 +110,7 @@ def _answers(
 
     def run(params: Any) -> dict[str, float]:
         return evaluate_answers(
-            answer, nats, params, ground.tokenizer, examples, settings.answer_after, shards
+            answer, nats, params, ground.tokenizer, examples, batch, settings.answer_after
         )
 
     return (Evaluation("answers", run),)

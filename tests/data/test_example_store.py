@@ -130,7 +130,7 @@ def test_every_answer_is_a_document_with_its_group_score_and_strength(write, bui
     groups = []
     for store in stores.values():
         assert {name: c.dtype.name for name, c in store.columns.items()} == {
-            "group": "int64", "score": "float32", "strength": "int8",
+            "group": "int64", "prompt": "int64", "score": "float32", "strength": "int8",
         }  # fmt: skip
         for index in range(0, len(store), 2):
             group = int(store.columns["group"][index])
@@ -143,6 +143,9 @@ def test_every_answer_is_a_document_with_its_group_score_and_strength(write, bui
             assert shown(store, index + 1, trained_only=True) == f"bad {group}<|end_of_turn|>"
             prompt = f"<|bos|><|user|>question {group}?<|end_of_turn|><|assistant|>"
             assert shown(store, index) == f"{prompt}good {group}<|end_of_turn|>"
+        prompts = store.columns["prompt"]
+        assert len(set(prompts.tolist())) == len(store) // 2  # one for both answers of a pair
+        np.testing.assert_array_equal(prompts[::2], prompts[1::2])
     assert sorted(groups) == list(range(8))
 
 

@@ -26,8 +26,10 @@ class Store:
         self.tokens = np.concatenate(pieces).astype(np.uint16)
         self.trained = np.concatenate(masks).astype(np.uint8)
         self.offsets = np.concatenate([[0], np.cumsum(list(map(len, pieces)))]).astype(np.int64)
+        prompts = [tuple(prompt) for prompt, *_ in documents]
         self.columns = {
             "group": np.array([d[2] for d in documents], np.int64),
+            "prompt": np.array([prompts.index(prompt) for prompt in prompts], np.int64),
             "score": np.array([d[3] for d in documents], np.float32),
             "strength": np.array([(*d, -1)[4] for d in documents], np.int8),
         }
@@ -186,7 +188,27 @@ def test_an_unpaired_answer_has_that_to_another_prompt_beside_it():
 
 def test_of_several_answers_the_best_are_good():
     rows = PreferenceRows(RANKED, 4, "unpaired")
-    assert [rows[i].scores[0] for i in range(len(rows))] == [0, 0, 0, 1, 1, 0, 1, 1]
+    # The last comparison is a tie, which calls nothing good or bad.
+    assert [rows[i].scores[0] for i in range(len(rows))] == [0, 0, 0, 1, 1, 0]
+
+
+def test_the_best_answer_is_sought_among_those_that_are_left_out_too():
+    store = Store(([1], [2, 3, 4, 5], 0, 9), ([1], [6], 0, 2), ([1], [7], 0, 1), ([8], [9], 1, 1))
+    rows = PreferenceRows(store, 3, "unpaired", too_long="drop")
+    assert [rows[i].scores[0] for i in range(len(rows))] == [0, 0, 1]
+
+
+def test_answers_labelled_alone_are_not_mismatched_with_those_to_the_same_prompt():
+    store = Store(([1], [2], 0, 1), ([1], [3], 1, 0), ([4], [5], 2, 1), ([4], [6], 3, 0))
+    rows = PreferenceRows(store, 4, "unpaired")
+    assert [rows[i].responses.tokens[1, :2].tolist() for i in range(4)] == [
+        [1, 5], [1, 5], [4, 2], [4, 2],
+    ]  # fmt: skip
+
+
+def test_where_all_answer_one_prompt_an_answer_stands_for_its_mismatch():
+    rows = PreferenceRows(Store(([1], [2], 0, 1), ([1], [3], 1, 0)), 4, "unpaired")
+    assert all_answers(rows) == [[[2], [2]], [[3], [3]]]
 
 
 @pytest.mark.parametrize("score", [0, 1])
@@ -257,7 +279,7 @@ def test_the_fingerprint_is_of_what_decides_the_sequences():
 @pytest.mark.parametrize(("store", "length", "arrangement", "message"), [
     (Store(([1], [2], 0, 1), ([1], [3], 0, 1)), 4, "pairs", "of 4 tokens: 0 of 2"),
     (Store(([1], [2], 0, 1), ([1], [3], 0, 1)), 4, "groups", "of 4 tokens: 0 of 2"),
-    (Store(([1], [2], 0, 1), ([1], [3], 0, 0)), 4, "unpaired", "of 4 tokens: 0 of 2"),
+    (Store(([1], [2], 0, 1), ([1], [3], 0, 1)), 4, "unpaired", "of 4 tokens: 0 of 2"),
     (LONG, 1, "pairs", "source='somewhere' holds nothing to compare.*4 of 4 answers are too long"),
 ])  # fmt: skip
 def test_nothing_to_compare_is_one_clear_line(store, length, arrangement, message):

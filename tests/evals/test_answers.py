@@ -65,8 +65,9 @@ def ones(params, batch):
 def measure(found, wanted, answer_after=None, nats=ones, **settings):
     examples = AnswerExamples([[1, 2]] * len(wanted), wanted)
     return evaluate_answers(
-        lambda params, prompts: said(*found, **settings), nats, None, BYTES, examples, answer_after
-    )
+        lambda params, prompts: said(*found, **settings), nats, None, BYTES, examples, len(wanted),
+        answer_after,
+    )  # fmt: skip
 
 
 def test_the_measures_are_means_over_the_answers():
@@ -102,7 +103,7 @@ def test_the_difference_is_read_at_the_tokens_that_were_sampled():
         return values
 
     examples = AnswerExamples(prompts, ["ab", "c"])
-    result = evaluate_answers(lambda *_: said("ab", "c"), nats, None, BYTES, examples)
+    result = evaluate_answers(lambda *_: said("ab", "c"), nats, None, BYTES, examples, 2)
     assert result["sampling_logprob_difference"] == pytest.approx(0.25)
     batch = seen["batch"]
     assert batch.tokens.shape == (2, 32)
@@ -125,7 +126,7 @@ def tiny():
     return model, params
 
 
-def answer(tiny, examples, other=None):
+def answer(tiny, examples, other=None, batch_size=2):
     model, params = tiny
     nats = jax.jit(functools.partial(lm.token_nats, model))
 
@@ -136,7 +137,7 @@ def answer(tiny, examples, other=None):
         )  # fmt: skip
 
     read = nats if other is None else lambda _, batch: nats(other, batch)
-    return evaluate_answers(make, read, params, BYTES, examples)
+    return evaluate_answers(make, read, params, BYTES, examples, batch_size)
 
 
 def test_the_sampler_agrees_with_the_model_and_not_with_another(tiny):
@@ -144,6 +145,15 @@ def test_the_sampler_agrees_with_the_model_and_not_with_another(tiny):
     assert answer(tiny, examples)["sampling_logprob_difference"] < 1e-4
     other = jax.tree.map(lambda x: jnp.asarray(x) * 0.5, tiny[1])
     assert answer(tiny, examples, other)["sampling_logprob_difference"] > 0.1
+
+
+def test_the_batch_size_changes_nothing(tiny):
+    prompts = [[BYTES.bos_id, *word] for word in (b"one", b"twenty", b"three")]
+    examples = AnswerExamples(prompts, ["x", "y", "z"])
+    one, two, three = (answer(tiny, examples, batch_size=size) for size in (1, 2, 3))
+    for key in ("exact_match", "token_f1", "finished"):
+        assert one[key] == two[key] == three[key]
+    assert max(r["sampling_logprob_difference"] for r in (one, two, three)) < 1e-4
 
 
 # --- which prompts --------------------------------------------------------------------------------

@@ -68,5 +68,5 @@ def test_the_merged_run_stands_alone(adapted, tmp_path, tool):
 def test_what_cannot_be_merged_is_refused(adapted, tmp_path, tool):
     base = tmp_path / "base"
     assert "has no adapters" in tool(f"--workdir={base}", f"--output={tmp_path / 'x'}")[1]
-    assert "holds files" in tool(f"--workdir={adapted}", f"--output={base}")[1]
+    assert "is there already" in tool(f"--workdir={adapted}", f"--output={base}")[1]
     assert "both needed" in tool(f"--workdir={adapted}")[1]

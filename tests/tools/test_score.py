@@ -87,6 +87,7 @@ def test_an_exchange_is_a_turn_of_each_with_one(tmp_path, save_run, tool, logpro
     [
         ({"txt": "a"}, "the row has the fields txt; text, tokens, messages"),
         ({"text": 3}, "'text' is no string"),
+        ({"text": "\ud800"}, "'text' is not Unicode text"),
         ({"text": ""}, "1 tokens, and the model reads 2 to 64"),
         ({"text": "x" * 64}, "65 tokens, and the model reads 2 to 64"),
         ({"tokens": [1, "2"]}, "'tokens' is no list of whole numbers"),
@@ -109,6 +110,13 @@ def test_a_reward_model_gives_one_number_a_row(tmp_path, save_run, tool, tiny_mo
     assert status == 0, error
     assert [set(row) for row in found] == [{"reward"}] * 3
     assert found[0] == found[2] != found[1]
+
+
+def test_input_that_is_not_utf8_is_one_line(tmp_path, save_run, tool):
+    run = save_run(tmp_path / "run", [3])
+    (tmp_path / "other.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    status, _, error = tool(run, [], f"--input={tmp_path / 'other.jsonl'}")
+    assert status == 2 and "other.jsonl:1: the line is not JSON" in error
 
 
 def test_missing_files_and_flags_are_refused(tmp_path, save_run, tool):

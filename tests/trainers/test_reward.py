@@ -126,8 +126,9 @@ def test_the_number_of_rows_that_are_evaluated_is_heeded(build, beginning):
 
 def test_answers_that_do_not_fit_are_a_fact(build):
     trainer, _ = build("reward", phases=(PhaseConfig(length=22, batch=8, steps=1),))
-    (fact,) = trainer.setting(trainer.phases[0]).facts
-    assert "answers are longer than a row with their prompt" in fact
+    facts = trainer.setting(trainer.phases[0]).facts
+    assert "answers are longer than a row with their prompt" in facts[0]
+    assert facts[1].endswith("held out")
     with pytest.raises(UserError, match="holds nothing to compare"):
         build("reward", phases=(PhaseConfig(length=1, batch=8, steps=1),))
 
