@@ -226,8 +226,7 @@ def test_safety_pairs_decline_what_is_harmful_and_answer_what_is_not(library):
     assert all(row["chosen"].startswith("I will not do that: ") for row in harmful)
     assert all(row["rejected"].startswith("Sure. ") for row in harmful)
     assert all(row["rejected"].startswith("I will not do that: ") for row in harmless)
-    assert {row["chosen"] for row in harmless} <= {r["chosen"] for r in preference_rows()} | set(
-        SUMMARIES.values()
-    )
+    answers = {row["completion"] for row in instruction_rows()} | set(SUMMARIES.values())
+    assert {row["chosen"] for row in harmless} <= answers
     assert {row["strength"] for row in harmful} == {"significantly better"}
     assert list(safety_rows(library)) == rows[: len(SUMMARIES)]
