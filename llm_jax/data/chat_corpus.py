@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_jax.config import digest
+from llm_jax.data.corpus import by_name, fingerprint_of
 from llm_jax.data.example_store import ExampleConfig, conversation_stores
 from llm_jax.data.packing import DocumentRows, PackedRows, Rows, TooLong, pack
 from llm_jax.data.readers import format_of
@@ -79,14 +79,7 @@ class ChatCorpus:
             "validation_fraction": config.validation_fraction,
             "cache_dir": config.cache_dir,
         }
-        sources: dict[str, ExampleConfig] = {CHAT: config}
-        for component in config.mixture:
-            if not component.name or component.name in (*sources, REPLAY):
-                raise UserError(
-                    f"config.data.mixture has a component named {component.name!r}: every name "
-                    f"must be given once and differ from {CHAT!r} and {REPLAY!r}."
-                )
-            sources[component.name] = component
+        sources = by_name(CHAT, config, config.mixture, reserved=REPLAY)
         self.stores: dict[str, dict[str, TokenStore]] = {}
         for name, source in sources.items():
             if _is_text(source):
@@ -113,12 +106,7 @@ class ChatCorpus:
     @property
     def fingerprint(self) -> str:
         """A hash of all documents, in their order, their tokens and which of these are trained."""
-        return digest(
-            {
-                name: {split: store.fingerprint for split, store in splits.items()}
-                for name, splits in self.stores.items()
-            }
-        )
+        return fingerprint_of(self.stores)
 
     def rows(self, length: int, weights: Mapping[str, float]) -> dict[str, Rows]:
         """Training rows of every component."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from llm_jax.config import digest
 from llm_jax.data.documents import is_validation
@@ -13,6 +14,8 @@ from llm_jax.data.sources import SourceConfig, read_documents
 from llm_jax.data.store import TokenStore, build_text_stores
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import UserError
+
+C = TypeVar("C")
 
 MAIN = "text"  # the component that `config.data.source` makes
 NEEDLE_ROWS = 1 << 20  # an epoch of generated rows: more than a run reads
@@ -51,14 +54,7 @@ class Corpus:
           UserError: a source that cannot be read or is empty, or a component name used twice.
         """
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
-        sources: dict[str, SourceConfig] = {MAIN: config}
-        for component in config.mixture:
-            if not component.name or component.name in (*sources, NEEDLE):
-                raise UserError(
-                    f"config.data.mixture has a component named {component.name!r}: every name "
-                    f"must be given once and differ from {MAIN!r} and {NEEDLE!r}."
-                )
-            sources[component.name] = component
+        sources = by_name(MAIN, config, config.mixture, reserved=NEEDLE)
         self.stores: dict[str, dict[str, TokenStore]] = {
             name: build_text_stores(
                 _source(source),
@@ -78,12 +74,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """A hash of all documents, in their order, and their tokens."""
-        return digest(
-            {
-                name: {split: store.fingerprint for split, store in splits.items()}
-                for name, splits in self.stores.items()
-            }
-        )
+        return fingerprint_of(self.stores)
 
     def rows(self, length: int, weights: Mapping[str, float]) -> dict[str, Rows]:
         """Training rows of every component that has a weight, and of others that are cheap.
@@ -131,6 +122,34 @@ class Corpus:
                 part += f", {train.meta.skipped:,} malformed rows skipped"
             parts.append(part)
         return "; ".join(parts)
+
+
+def by_name(main: str, first: C, components: Sequence[C], reserved: str) -> dict[str, C]:
+    """The parts of a mixture by name: `first` as `main`, then the named components.
+
+    Raises:
+      UserError: a component without a name, or with one that is used twice or `reserved`.
+    """
+    named = {main: first}
+    for component in components:
+        name = getattr(component, "name", "")
+        if not name or name in (*named, reserved):
+            raise UserError(
+                f"config.data.mixture has a component named {name!r}: every name must be given "
+                f"once and differ from {main!r} and {reserved!r}."
+            )
+        named[name] = component
+    return named
+
+
+def fingerprint_of(stores: Mapping[str, Mapping[str, TokenStore]]) -> str:
+    """A hash of all documents of the stores of each component, by split."""
+    return digest(
+        {
+            name: {split: store.fingerprint for split, store in splits.items()}
+            for name, splits in stores.items()
+        }
+    )
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
