@@ -39,7 +39,7 @@ def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
     """
     variant = dpo.VARIANTS[config.loss.variant]
     _check(config, variant)
-    ground = preference.lay(config, mesh, workdir, log)
+    ground = foundation.lay_for_chats(config, mesh, workdir, log)
     reference: Reference | None = None
     if variant.needs_reference and config.loss.reference == "precomputed":
         reference = Reference(config, ground)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jax import checkpoint, sharding
-from llm_jax.binding import binding_digest
-from llm_jax.config import build as build_dataclass
+from llm_jax import sharding
 from llm_jax.config import resolved
+from llm_jax.data.example_store import texts_of
 from llm_jax.data.examples import Message
 from llm_jax.data.phases import Phase, plan
 from llm_jax.data.template_base import ChatTemplate
 from llm_jax.data.templates import DEFAULT_TEMPLATE, load_template, make_template
-from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from llm_jax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
@@ -28,15 +26,7 @@ from llm_jax.models.config import check_length
 from llm_jax.models.size import adapter_count, flops_per_token, parameter_count
 from llm_jax.step import micro_batches
 from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
-from llm_jax.weights import (
-    Base,
-    init_trained,
-    init_weights,
-    quantized,
-    read_base,
-    read_merged,
-    without_heads,
-)
+from llm_jax.trainers.origin import Origin, Weights, decide_weights
 
 # The embedding table is padded to a multiple, so that a tensor axis divides it.
 VOCABULARY_MULTIPLE = 64
@@ -52,70 +42,6 @@ RUNTIME_FIELDS = (
     "neftune_alpha",
     "lora",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What a run inherits: from its own past, or from the stage before it.
-
-    is_own: whether it is the run's own checkpoint. step: of that checkpoint. lineage: the stages
-    before this one, oldest first.
-    """
-
-    run: Path
-    step: int
-    meta: dict[str, Any]
-    is_own: bool
-    lineage: tuple[dict[str, Any], ...]
-
-    @staticmethod
-    def find(config: RunConfig, workdir: Path, heads: tuple[str, ...]) -> Origin | None:
-        """The run's own newest checkpoint, else `config.init_from`, else None.
-
-        Raises:
-          UserError: no such run, or one with a head that is not among `heads`.
-        """
-        own = checkpoint.newest_meta(workdir)
-        if own is not None:
-            return Origin(workdir, *own, is_own=True, lineage=tuple(own[1]["lineage"]))
-        if config.init_from is None:
-            return None
-        run, step = checkpoint.locate(config.init_from)
-        meta = checkpoint.read_meta(run, step)
-        lost = set(meta.get("heads", ())) - set(heads)
-        if lost:
-            raise UserError(
-                f"{run} is a model with {', '.join(sorted(lost))}, and stage {config.trainer!r} "
-                "has no use for that: start from the run that it was made from."
-            )
-        before = {
-            "stage": meta["stage"],
-            "run": str(run),
-            "step": step,
-            "config": binding_digest(run),
-        }
-        return Origin(run, step, meta, is_own=False, lineage=(*meta["lineage"], before))
-
-    @property
-    def name(self) -> str:
-        return f"{self.run}@{self.step}"
-
-    @property
-    def model(self) -> ModelConfig:
-        return build_dataclass(ModelConfig, self.meta["model"], "meta.model")
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """What is trained and what is not; see `Trainer` for the first three.
-
-    base: what adapters belong to, None without adapters.
-    """
-
-    init: Callable[[jax.Array], Any]
-    load: Callable[[Any], Any] | None
-    frozen: Any
-    base: Base | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +178,7 @@ def lay(
     mesh: Mesh,
     workdir: Path,
     log: Callable[[str], None],
-    make_tokenizer: Callable[[], Tokenizer],
+    new_tokenizer: Callable[[], Tokenizer],
     *,
     template: str | None = None,
     chats: bool = False,
@@ -262,7 +188,7 @@ def lay(
 
     Args:
       config: a RunConfig with the section `model`.
-      make_tokenizer: called where no tokenizer is inherited.
+      new_tokenizer: called where no tokenizer is inherited.
       template: the chat template that the config names; None = the inherited one or the default.
       chats: whether the stage has a template at all.
       heads: heads that the stage adds to the model; one that its origin has is kept.
@@ -271,7 +197,7 @@ def lay(
       UserError: an origin that cannot be read, or that does not fit.
     """
     origin = Origin.find(config, workdir, heads)
-    tokenizer = make_tokenizer() if origin is None else load_tokenizer(origin.run / "tokenizer")
+    tokenizer = new_tokenizer() if origin is None else load_tokenizer(origin.run / "tokenizer")
     model = _model(config.model, origin, tokenizer, log)
     return Foundation(
         config=config,
@@ -282,7 +208,32 @@ def lay(
         model=model,
         template=_template(template, origin) if chats else None,
         heads=heads,
-        weights=_weights(config, mesh, origin, model, heads),
+        weights=decide_weights(config, mesh, origin, model, heads),
+    )
+
+
+def lay_for_chats(
+    config: Any,
+    mesh: Mesh,
+    workdir: Path,
+    log: Callable[[str], None],
+    heads: tuple[str, ...] = (),
+) -> Foundation:
+    """`lay` for a stage that learns from examples: with a chat template and, where none is
+    inherited, a tokenizer trained on the examples' texts.
+
+    Raises:
+      UserError: see `lay`.
+    """
+    return lay(
+        config,
+        mesh,
+        workdir,
+        log,
+        lambda: make_tokenizer(config.tokenizer, lambda: texts_of(config.data)),
+        template=config.data.template,
+        chats=True,
+        heads=heads,
     )
 
 
@@ -317,90 +268,3 @@ def _template(asked: str | None, origin: Origin | None) -> ChatTemplate:
     if inherited is not None and (asked is None or (origin is not None and origin.is_own)):
         return load_template(inherited)
     return make_template(asked or DEFAULT_TEMPLATE)
-
-
-def _weights(
-    config: Any, mesh: Mesh, origin: Origin | None, model: ModelConfig, heads: tuple[str, ...]
-) -> Weights:
-    """Decides what is trained, what is frozen, and where both come from."""
-    if model.lora is None:
-        if config.quantize_base is not None:
-            raise UserError("config.quantize_base needs config.model.lora: only a base is frozen.")
-        init = functools.partial(init_weights, model, heads)
-        if origin is None or origin.is_own:
-            return Weights(init, None, None)
-
-        def inherit() -> Any:
-            whole, _ = read_merged(origin.run, origin.step, mesh)
-            return {**without_heads(whole), **_only(whole, heads)}
-
-        return Weights(init, functools.partial(_load, inherit, init, config.seed), None)
-    _check_adapters(config, origin)
-    assert origin is not None
-    if origin.is_own:
-        base = build_dataclass(Base, origin.meta["base"], "meta.base")
-        frozen, inherited = read_base(base, mesh, beside=origin.run), {}
-    else:
-        whole, identity = read_merged(origin.run, origin.step, mesh)
-        inherited = _only(whole, heads)
-        base = Base(str(origin.run), origin.step, identity, config.quantize_base)
-        frozen = quantized(without_heads(whole), config.quantize_base)
-
-    def make(rng: jax.Array, base: Any) -> Any:
-        return init_trained(model, heads, rng, base=base)
-
-    # The base goes in as an argument: a compiled function would hold what it closes over.
-    load = functools.partial(_load, lambda: inherited, make, config.seed, base=frozen)
-    return Weights(functools.partial(make, base=frozen), load, frozen, base)
-
-
-def _check_adapters(config: Any, origin: Origin | None) -> None:
-    if origin is None:
-        raise UserError(
-            "config.model.lora adapts a trained model: name its run by config.init_from, or leave "
-            "config.model.lora out."
-        )
-    if config.optimizer.name == "muon":
-        raise UserError(
-            "config.optimizer.name='muon' orthogonalises the updates of kernels, and adapters "
-            "have none: use 'adamw'."
-        )
-
-
-def _only(weights: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: weights[name] for name in names if name in weights}
-
-
-def _load(
-    inherit: Callable[[], Any],
-    init: Callable[..., Any],
-    seed: int,
-    abstract: Any,
-    **arguments: Any,
-) -> Any:
-    """What is inherited, with what is new beside it; checked against `abstract`, strictly.
-
-    `init(rng, **arguments)` makes what is new.
-
-    Raises:
-      UserError: the inherited parameters are others than the model's.
-    """
-    params = inherit()
-    new = tuple(sorted(abstract.keys() - params.keys()))
-    if new:
-        make = jax.jit(
-            lambda rng, arguments: _only(sharding.unbox(init(rng, **arguments)), new),
-            out_shardings=jax.tree.map(lambda x: x.sharding, _only(abstract, new)),
-        )
-        params = {**params, **make(jax.random.key(seed), arguments)}
-    wanted, found = (
-        {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(t)}
-        for t in (abstract, params)
-    )
-    if wanted != found:
-        name = next(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-        raise UserError(
-            f"the inherited parameters do not fit the model: {name} is {found.get(name)}, and "
-            f"{wanted.get(name)} is wanted."
-        )
-    return params

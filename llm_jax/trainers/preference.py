@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from llm_jax.config import digest
-from llm_jax.data.example_store import comparison_stores, texts_of
+from llm_jax.data.example_store import comparison_stores
 from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import Phase
 from llm_jax.data.preferences import (
@@ -19,7 +16,7 @@ from llm_jax.data.preferences import (
     PreferenceRows,
     responses_of,
 )
-from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
+from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.size import flops_per_token
@@ -62,30 +59,6 @@ class Wiring:
     evaluations: Callable[[LanguageModel, Objective, PreferenceRows, int], tuple[Evaluation, ...]]
     sample: Callable[[LanguageModel, Any], str] | None = None
     whole_batch: bool = False
-
-
-def lay(
-    config: PreferenceConfig,
-    mesh: Mesh,
-    workdir: Path,
-    log: Callable[[str], None],
-    heads: tuple[str, ...] = (),
-) -> foundation.Foundation:
-    """The ground of a stage that compares answers.
-
-    Raises:
-      UserError: an origin that cannot be read, or that does not fit.
-    """
-    return foundation.lay(
-        config,
-        mesh,
-        workdir,
-        log,
-        lambda: make_tokenizer(config.tokenizer, lambda: texts_of(config.data)),
-        template=config.data.template,
-        chats=True,
-        heads=heads,
-    )
 
 
 def build(

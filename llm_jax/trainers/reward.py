@@ -16,7 +16,7 @@ from llm_jax.models import LanguageModel
 from llm_jax.models.heads import REWARD, rewards
 from llm_jax.objectives import reward
 from llm_jax.step import Objective
-from llm_jax.trainers import preference
+from llm_jax.trainers import foundation, preference
 from llm_jax.trainers.base import Evaluation, Trainer
 
 
@@ -35,7 +35,7 @@ def build(config: RewardConfig, mesh: Mesh, workdir: Path, log: Callable[[str], 
       UserError: whatever in the config or the data does not fit, before anything is written to
         `workdir`.
     """
-    ground = preference.lay(config, mesh, workdir, log, heads=(REWARD,))
+    ground = foundation.lay_for_chats(config, mesh, workdir, log, heads=(REWARD,))
 
     def evaluations(
         model: LanguageModel, objective: Objective, rows: PreferenceRows, batch: int

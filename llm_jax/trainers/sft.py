@@ -12,9 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.data.chat_corpus import ChatCorpus, ChatDataConfig
-from llm_jax.data.example_store import texts_of
 from llm_jax.data.phases import Phase
-from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
+from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.evals.answers import answer_examples, evaluate_answers
 from llm_jax.generation.decoding import Generation
 from llm_jax.generation.generate import generate
@@ -54,15 +53,7 @@ def build(config: SFTConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
       UserError: whatever in the config or the data does not fit, before anything is written to
         `workdir`.
     """
-    ground = foundation.lay(
-        config,
-        mesh,
-        workdir,
-        log,
-        lambda: make_tokenizer(config.tokenizer, lambda: texts_of(config.data)),
-        template=config.data.template,
-        chats=True,
-    )
+    ground = foundation.lay_for_chats(config, mesh, workdir, log)
     assert ground.template is not None
     corpus = ChatCorpus(config.data, ground.template, ground.tokenizer)
     log(corpus.describe())

@@ -15,7 +15,7 @@ from llm_jax.models.quantize import Quantized
 from llm_jax.optim import OptimizerConfig
 from llm_jax.runs import load_run
 from llm_jax.sharding import MeshConfig
-from llm_jax.trainers import foundation
+from llm_jax.trainers import origin
 
 ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)
 FROZEN = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
@@ -90,7 +90,7 @@ def test_parameters_that_do_not_fit_are_one_clear_line():
         return {k: jax.ShapeDtypeStruct(s, np.float32, sharding=where) for k, s in shapes.items()}
 
     inherited = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
-    load = foundation._load
+    load = origin._load
     assert load(lambda: inherited, None, 0, abstract(a=(2, 3), b=(4,))) is inherited
     with pytest.raises(UserError, match=r"\['a'\] is \(2, 3\), and \(3, 2\) is wanted"):
         load(lambda: inherited, None, 0, abstract(a=(3, 2), b=(4,)))
