@@ -1,0 +1,1 @@
+"""Published checkpoints, both ways: Hugging Face folders, their tokenizers, PEFT adapters."""
