@@ -34,6 +34,7 @@ setup(
             "pyarrow>=20",
             "zstandard>=0.24",
             "sentencepiece>=0.2.1",
+            "safetensors>=0.5",
         ],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],

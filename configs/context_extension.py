@@ -38,7 +38,7 @@ def get_config():
         # Norms on queries and keys, and Muon: without them a model of this size copies one of the
         # values that it sees for thousands of steps before it looks at the names.
         model=ModelConfig(
-            embed_dim=96, num_layers=2, num_heads=2, mlp_dim=256, max_length=1024, qk_norm=True
+            embed_dim=96, num_layers=2, num_heads=2, mlp_dim=256, max_length=1024, qk_norm="head"
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
         # Answers weigh ten times as much as text. The first phase is needle rows alone, full of

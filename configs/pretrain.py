@@ -44,7 +44,7 @@ def _default():
     return defaults(
         PretrainConfig,
         model=ModelConfig(
-            embed_dim=128, num_layers=4, num_heads=4, mlp_dim=352, max_length=1024, qk_norm=True
+            embed_dim=128, num_layers=4, num_heads=4, mlp_dim=352, max_length=1024, qk_norm="head"
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         phases=(

@@ -11,15 +11,18 @@ needs and no more:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from llm_jax.errors import UserError
@@ -231,6 +234,91 @@ def write_weights(run: str | Path, step: int, params: Any, meta: dict[str, Any])
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A float32 array that is made part by part while it is written, and is never in memory whole.
+
+    shape: of the array. part: of its parts, which are cut on a grid; the last ones may be smaller.
+    make: gives one part as a numpy array, from its range (begin, end) along each dimension.
+    """
+
+    shape: tuple[int, ...]
+    part: tuple[int, ...]
+    make: Callable[[tuple[tuple[int, int], ...]], np.ndarray]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def boxes(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        """The ranges of all parts."""
+        grid = (range(0, n, p) for n, p in zip(self.shape, self.part, strict=True))
+        for begin in itertools.product(*grid):
+            place = zip(begin, self.part, self.shape, strict=True)
+            yield tuple((b, min(b + p, n)) for b, p, n in place)
+
+
+class _DeferredHandler(ocp.type_handlers.ArrayHandler):
+    """Writes Deferred arrays one part after the other, in the chunks that orbax would make of arrays
+    with such shards."""
+
+    async def serialize(
+        self,
+        values: Sequence[Any],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list[Any]:
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=value.shape,
+                local_shape=value.part,
+                dtype=value.dtype,
+                process_index=0,
+                arg=arg,
+            )
+            store = await tensorstore.open(
+                tensorstore.Spec(spec), create=True, open=True, context=info.ts_context
+            )
+            for box in value.boxes():
+                await store[tuple(slice(*ends) for ends in box)].write(
+                    value.make(box), can_reference_source_data_indefinitely=True
+                )
+        return []
+
+
+def write_streamed(run: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """Writes what `write_weights` writes, of a tree whose leaves are `Deferred` or arrays.
+
+    The host holds a few parts at a time, and devices hold none.
+
+    Raises:
+      UserError: one of several processes.
+    """
+    if jax.process_count() > 1:
+        raise UserError("checkpoints are converted by one process: start it alone.")
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (Deferred, _DeferredHandler())
+    )
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager(
+        Path(run).absolute() / FOLDER,
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    ) as manager:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta)
             ),
         )
 

@@ -165,21 +165,27 @@ def _precondition(config: OptimizerConfig, params: Any) -> optax.GradientTransfo
 
 # How the kernels that Muon orthogonalises are read as matrices: axes that the product sums over,
 # axes of its result. Axes count from the end, so a leading axis of stacked layers is a batch, and
-# so is an axis of fused parts: every part is a matrix of its own, as if it had never been fused.
+# so is one of experts or fused parts: every part is a matrix of its own, as if it stood alone.
 MUON_KERNELS = {
     "attention/qkv/kernel": MuonDimensionNumbers((-4,), (-3, -1)),  # embed, heads, fused, head_dim
     "attention/output/kernel": MuonDimensionNumbers((-3, -2), (-1,)),  # heads, head_dim, embed
     "mlp/gate_up/kernel": MuonDimensionNumbers((-3,), (-1,)),  # embed, fused, mlp
     "mlp/up/kernel": MuonDimensionNumbers((-2,), (-1,)),  # embed, mlp
     "mlp/down/kernel": MuonDimensionNumbers((-2,), (-1,)),  # mlp, embed
+    "moe/gate_up": MuonDimensionNumbers((-3,), (-1,)),  # experts, embed, fused, mlp
+    "moe/up": MuonDimensionNumbers((-2,), (-1,)),  # experts, embed, mlp
+    "moe/down": MuonDimensionNumbers((-2,), (-1,)),  # experts, mlp, embed
 }
 
 
 def muon_dimension_numbers(params: Any) -> Any:
     """A tree like `params` of how Muon reads each kernel, None for what Adam updates."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: MUON_KERNELS.get("/".join(_names(path)[-3:])), params
-    )
+
+    def numbers(path: Any, _: Any) -> MuonDimensionNumbers | None:
+        name = "/" + "/".join(_names(path))
+        return next((d for end, d in MUON_KERNELS.items() if name.endswith(f"/{end}")), None)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 def _scale_to_update_rms(dimensions: Any, rms: float) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from llm_jax import checkpoint, sharding
 from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from llm_jax.models import LanguageModel
-from llm_jax.weights import read_weights
+from llm_jax.stored import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +33,23 @@ class LoadedRun:
 
 
 def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> LoadedRun:
-    """Loads `RUN` at its newest checkpoint, or `RUN@STEP`, onto all devices.
+    """Loads `RUN` at its newest checkpoint, `RUN@STEP`, or a Hugging Face folder, onto all devices.
 
     Args:
-      workdir: the run directory, with an optional step.
+      workdir: the run directory, with an optional step, or the folder.
       mesh_config: how the devices divide the parameters; None = each holds all of them.
 
     Raises:
       UserError: no run, no such checkpoint, a damaged one, or a mesh that does not fit.
     """
-    path, step = checkpoint.locate(workdir)
-    meta = checkpoint.read_meta(path, step)
-    tokenizer = load_tokenizer(path / "tokenizer")
+    stored = find(workdir)
     mesh = sharding.make_mesh(mesh_config or sharding.MeshConfig())
-    config, params = read_weights(path, step, mesh)
-    return LoadedRun(path, step, LanguageModel(config), params, tokenizer, meta, mesh)
+    return LoadedRun(
+        path=stored.path,
+        step=stored.step,
+        model=LanguageModel(stored.model),
+        params=stored.read(mesh),
+        tokenizer=stored.tokenizer(),
+        meta=stored.meta,
+        mesh=mesh,
+    )

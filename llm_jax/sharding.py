@@ -14,11 +14,11 @@ import flax.struct
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")  # the closest devices last
 
 # Logical axis → mesh axes. Parameters first, then activations, which have names of their own
 # because the same dimension is laid out differently in the two.
@@ -28,18 +28,25 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("expert",),
+    "router_experts": (),  # the router's outputs: every token meets all of them
     "layers": (),
     "fused": (),  # the small axis of parts that one matrix product makes together: q/k/v, gate/up
     "norm": (),
+    "positions": (),  # rows of a table of learned positions
     "rank": (),  # the narrow middle of adapters
     "head_output": (),  # of a reward or value head
-    "activation_batch": ("data", "fsdp"),
+    "activation_batch": ("data", "fsdp", "expert"),
     "activation_time": (),
     "activation_embed": (),
     "activation_heads": ("tensor",),
     "activation_head_dim": (),
     "activation_mlp": ("tensor",),
     "activation_vocab": ("tensor",),
+    # Tokens that have gone to their experts: what the expert axis held of the batch, it now holds
+    # of the experts.
+    "activation_experts": ("expert",),
+    "activation_expert_batch": ("data", "fsdp"),
 }
 
 # Start-up is refused when more than this share of the parameters has no sharded axis.
@@ -79,6 +86,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1  # of a mixture of experts; one more axis of the batch for all else
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -101,6 +109,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
     return jax.make_mesh(
         tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh of devices that need not exist, to plan for; an axis of -1 has size 1.
+
+    Raises:
+      UserError: a size that is not positive.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"config.mesh={sizes}: sizes are positive.")
+    return AbstractMesh(
+        tuple(max(1, size) for size in sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes)
     )
 
 
@@ -132,7 +154,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a `[batch, ...]` array over the data and fsdp axes."""
+    """Rows of a `[batch, ...]` array over the axes of the batch."""
     return NamedSharding(mesh, spec(("activation_batch",)))
 
 
@@ -145,14 +167,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
     """NamedShardings of a tree whose leaves are `Named` boxes.
 
     `boxed` comes from `jax.eval_shape(model.init, ...)`, so no array is made.
 
     Raises:
-      UserError: a dimension that its mesh axes do not divide, or a large share of the parameters
-        that no axis shards although the mesh has axes for parameters.
+      UserError: a dimension that its mesh axes do not divide, an expert axis without experts, or a
+        large share of the parameters that no axis shards although the mesh has axes for them.
     """
 
     def sharding(path: Any, box: Any) -> NamedSharding:
@@ -170,6 +192,7 @@ def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
         return NamedSharding(mesh, partition)
 
     shardings = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_box)
+    _refuse_idle_experts(mesh, boxed)
     _refuse_replication(mesh, boxed, shardings)
     return shardings
 
@@ -218,7 +241,17 @@ def _name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def _refuse_replication(mesh: Mesh, boxed: Any, shardings: Any) -> None:
+def _refuse_idle_experts(mesh: Mesh | AbstractMesh, boxed: Any) -> None:
+    axes = {a for box in jax.tree.leaves(boxed, is_leaf=_is_box) for a in _names_and_shape(box)[0]}
+    # Adapters stand for a model whose other parameters are not in the tree.
+    if mesh.shape["expert"] > 1 and not axes & {"experts", "rank"}:
+        raise UserError(
+            f"config.mesh.expert={mesh.shape['expert']}, but the model has no experts: set "
+            "model.moe, or use the data or fsdp axis."
+        )
+
+
+def _refuse_replication(mesh: Mesh | AbstractMesh, boxed: Any, shardings: Any) -> None:
     parameter_axes = {
         a for name, axes in RULES.items() if not name.startswith("activation") for a in axes
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,25 @@ from llm_jax.types import Mean, TrainState, join
 
 # (params, batch, rng) → (loss, metrics). Pure; the step differentiates `loss.total`.
 Objective = Callable[[Any, Any, jax.Array], tuple[Mean, dict[str, Mean]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """An Objective whose total on some rows depends on sums over all rows of the global batch.
+
+    pool: `(params, batch, rng) → tree of sums over rows`; no gradient flows through them.
+    objective: `(params, batch, rng, sums) → (loss, metrics)`, such that over micro-batches that are
+      given the same sums, totals and gradients add up to those of the whole batch. Without sums
+      (None) the batch is the whole.
+    """
+
+    pool: Callable[[Any, Any, jax.Array], Any]
+    objective: Callable[[Any, Any, jax.Array, Any], tuple[Mean, dict[str, Mean]]]
+
+    def __call__(
+        self, params: Any, batch: Any, rng: jax.Array, sums: Any = None
+    ) -> tuple[Mean, dict[str, Mean]]:
+        return self.objective(params, batch, rng, sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +62,7 @@ def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> in
         nearest = max(shards, round(batch / shards) * shards)
         raise UserError(
             f"a batch of {batch} sequences is not divided by the mesh's {shards} batch shards "
-            f"(data x fsdp): use a multiple of {shards}, such as {nearest}."
+            f"(data x fsdp x expert): use a multiple of {shards}, such as {nearest}."
         )
     limit = config.micro_batch_tokens
     if limit is None and mesh.devices.flat[0].platform == "cpu":
@@ -129,36 +149,32 @@ def make_train_step(
     """The jitted `(state, batch, learning_rate) → (state, metrics)`.
 
     Gradients of `loss.total` are summed over micro-batches and devices and divided once by the
-    global `loss.count`, so accumulation, packing and sharding change nothing but speed. The
-    objective sees the state's frozen parameters joined to the trained ones; only these have
-    gradients. The state's buffers are donated. Metrics are Means and float32 scalars, replicated.
+    global `loss.count`, so accumulation, packing and sharding change nothing but speed. (A `Pooled`
+    objective costs one more forward pass of each micro-batch.) The objective sees the state's
+    frozen parameters joined to the trained ones; only these have gradients. The state's buffers are
+    donated. Metrics are Means and float32 scalars, replicated.
     """
 
-    def loss_total(params: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        loss, metrics = objective(join(params, frozen), batch, rng)
-        return loss.total, {"loss": loss, **metrics}
+    def gradient(objective: Objective, params: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:
+        def loss_total(params: Any) -> tuple[jax.Array, dict[str, Mean]]:
+            loss, metrics = objective(join(params, frozen), batch, rng)
+            return loss.total, {"loss": loss, **metrics}
 
-    gradient = jax.value_and_grad(loss_total, has_aux=True)
+        (_, metrics), gradients = jax.value_and_grad(loss_total, has_aux=True)(params)
+        return metrics, gradients
 
     def accumulate(
         params: Any, frozen: Any, batch: Any, rng: jax.Array
     ) -> tuple[dict[str, Mean], Any]:
         if micro_batches == 1:
-            (_, metrics), gradients = gradient(params, frozen, batch, rng)
-            return metrics, gradients
-
-        def add(carry: Any, xs: Any) -> tuple[Any, None]:
-            micro_batch, micro_rng = xs
-            (_, metrics), gradients = gradient(params, frozen, micro_batch, micro_rng)
-            return jax.tree.map(jnp.add, carry, (metrics, gradients)), None
-
+            return gradient(objective, params, frozen, batch, rng)
         parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
-        rngs = jax.random.split(rng, micro_batches)
-        first = (jax.tree.map(lambda x: x[0], parts), rngs[0])
-        shapes = jax.eval_shape(lambda: gradient(params, frozen, *first))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
-        (metrics, gradients), _ = jax.lax.scan(add, zeros, (parts, rngs))
-        return metrics, gradients
+        parts_and_rngs = (parts, jax.random.split(rng, micro_batches))
+        informed = objective
+        if isinstance(objective, Pooled):
+            whole = functools.partial(objective.pool, join(params, frozen))
+            informed = functools.partial(objective, sums=_sum_over(whole, parts_and_rngs))
+        return _sum_over(functools.partial(gradient, informed, params, frozen), parts_and_rngs)
 
     def train_step(
         state: TrainState, batch: Any, learning_rate: Any
@@ -180,6 +196,17 @@ def make_train_step(
         in_shardings=(shardings, sharding.batch_sharding(mesh), None),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
+
+
+def _sum_over(function: Callable[..., Any], operands: Any) -> Any:
+    """Σ function(*part) over the parts along the leading axis of every operand, one at a time."""
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, function(*part)), None
+
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], operands))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, operands)[0]
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -1,11 +1,10 @@
-"""The weights of a run, whole: the checkpoint's own, and the base that its adapters belong to."""
+"""The weights of a model as a tree: random ones, their shapes on a mesh, and what identifies them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,28 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax import checkpoint, sharding
-from llm_jax.config import build, digest
-from llm_jax.errors import UserError
+from llm_jax import sharding
+from llm_jax.config import digest
 from llm_jax.models import LanguageModel, ModelConfig, lora
 from llm_jax.models.heads import REWARD, init_reward_head
 from llm_jax.models.quantize import quantize
-from llm_jax.types import join
 
 Quantization = Literal["int8", "nf4"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """What a run's adapters belong to, as its checkpoints' meta names it.
-
-    run, step: the checkpoint. fingerprint: what `identify` says of it. quantized: how it is held.
-    """
-
-    run: str
-    step: int
-    fingerprint: str
-    quantized: Quantization | None = None
 
 
 def init_weights(config: ModelConfig, heads: Sequence[str], rng: jax.Array) -> Any:
@@ -55,44 +39,12 @@ def abstract(mesh: Mesh, boxed: Any) -> Any:
     )
 
 
-def read_weights(run: str | Path, step: int, mesh: Mesh) -> tuple[ModelConfig, Any]:
-    """The model of a checkpoint and all its weights, on the mesh; adapters beside their kernels.
-
-    Raises:
-      UserError: the checkpoint, or the base of its adapters, is missing, damaged or another.
-    """
-    meta = checkpoint.read_meta(run, step)
-    config = build(ModelConfig, meta["model"], "meta.model")
-    heads = meta.get("heads", [])
-    if config.lora is None:
-        boxed = jax.eval_shape(lambda rng: init_weights(config, heads, rng), jax.random.key(0))
-        return config, checkpoint.read_params(run, step, abstract(mesh, boxed))
-    base = read_base(build(Base, meta["base"], "meta.base"), mesh, beside=Path(run))
-    boxed = jax.eval_shape(
-        lambda rng: init_trained(config, heads, rng, base=base), jax.random.key(0)
-    )
-    return config, join(checkpoint.read_params(run, step, abstract(mesh, boxed)), base)
-
-
 def init_trained(config: ModelConfig, heads: Sequence[str], rng: jax.Array, *, base: Any) -> Any:
     """What a stage with adapters trains, in boxes: adapters and heads."""
     adapter_rng, head_rng = jax.random.split(rng)
     adapters = lora.init_adapters(adapter_rng, config, base)
     head = init_reward_head(head_rng, config.embed_dim) if REWARD in heads else {}
     return {**adapters, **head}
-
-
-def read_merged(run: str | Path, step: int, mesh: Mesh) -> tuple[Any, str]:
-    """All weights of a checkpoint, adapters folded into their kernels, and what `identify` says.
-
-    Raises:
-      UserError: see `read_weights`.
-    """
-    config, weights = read_weights(run, step, mesh)
-    identity = identify(checkpoint.read_meta(run, step), weights)
-    if config.lora is not None:
-        weights = jax.jit(lora.merge, static_argnums=1)(weights, config)
-    return weights, identity
 
 
 def identify(meta: dict[str, Any], weights: Any) -> str:
@@ -106,33 +58,6 @@ def identify(meta: dict[str, Any], weights: Any) -> str:
         return fingerprint(base)
     base_record = {name: meta["base"][name] for name in ("fingerprint", "quantized")}
     return digest([fingerprint(adapters), meta["model"]["lora"], base_record])
-
-
-def read_base(base: Base, mesh: Mesh, beside: Path) -> Any:
-    """The weights that adapters belong to, without heads, quantised as they were trained on.
-
-    Args:
-      base: the record of the run with the adapters.
-      beside: that run; a base that has moved along with it is looked for in the folder beside it.
-
-    Raises:
-      UserError: no such run, or other weights than the adapters were trained on.
-    """
-    places = (Path(base.run), beside.absolute().parent / Path(base.run).name)
-    found = next((place for place in places if (place / "config.json").exists()), None)
-    if found is None:
-        raise UserError(
-            f"the adapters in {beside} belong to {base.run}, which is not there: put it back, or "
-            f"beside {beside}."
-        )
-    run, step = checkpoint.locate(f"{found}@{base.step}")
-    weights, identity = read_merged(run, step, mesh)
-    if identity != base.fingerprint:
-        raise UserError(
-            f"the adapters in {beside} belong to another base than {found}@{step}: its weights "
-            "have changed since."
-        )
-    return quantized(without_heads(weights), base.quantized)
 
 
 def quantized(weights: Any, kind: Quantization | None) -> Any:

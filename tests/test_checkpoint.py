@@ -366,3 +366,44 @@ def test_locate_refuses_what_is_no_run_or_no_step(tmp_path, monkeypatch, init_fr
     with pytest.raises(UserError) as caught:
         checkpoint.locate(init_from)
     assert message in str(caught.value)
+
+
+# --- written part by part -------------------------------------------------------------------------
+
+
+def deferred(values, part, log=None):
+    """`values` as an array whose parts are made when they are asked for."""
+
+    def make(box):
+        if log is not None:
+            log.append(box)
+        return np.array(values[tuple(slice(*ends) for ends in box)])
+
+    return checkpoint.Deferred(values.shape, part, make)
+
+
+def test_what_is_written_part_by_part_is_read_like_any_checkpoint(tmp_path):
+    fixture = Fixture(8, MeshConfig(data=2, fsdp=2, tensor=2))
+    params = jax.tree.map(np.array, fixture.state(3).params)
+    params["embedding"].view(np.uint32)[0, :2] = 0x7F800001, 0x80000000  # a NaN's payload, and -0
+    log = []
+    tree = {
+        "embedding": deferred(params["embedding"], (5, 8), log),
+        "norm": {"scale": fixture.state(3).params["norm"]["scale"]},
+    }
+    checkpoint.write_streamed(tmp_path, 0, tree, META)
+    assert_bitwise_equal(checkpoint.read_params(tmp_path, 0, fixture.abstract.params), params)
+    assert log == [((row, min(row + 5, 16)), (0, 8)) for row in (0, 5, 10, 15)]
+    assert checkpoint.read_meta(tmp_path, 0) == META
+
+
+def test_a_part_that_cannot_be_made_leaves_no_checkpoint(tmp_path):
+    def make(box):
+        if box[0][0]:
+            raise UserError("the file is damaged.")
+        return np.zeros((1, 8), np.float32)
+
+    tree = {"embedding": checkpoint.Deferred((4, 8), (1, 8), make)}
+    with pytest.raises(UserError, match="the file is damaged"):
+        checkpoint.write_streamed(tmp_path, 0, tree, META)
+    assert checkpoint.latest_step(tmp_path) is None

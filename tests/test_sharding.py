@@ -23,10 +23,11 @@ def box(shape, *names):
 
 
 @pytest.mark.parametrize("config, shape", [
-    (MeshConfig(), (8, 1, 1)),
-    (MeshConfig(fsdp=2), (4, 2, 1)),
-    (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
-    (MeshConfig(2, 2, 2), (2, 2, 2)),
+    (MeshConfig(), (8, 1, 1, 1)),
+    (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 2)),
+    (MeshConfig(2, 2, 2), (2, 2, 1, 2)),
+    (MeshConfig(data=1, tensor=2, expert=-1), (1, 1, 4, 2)),
 ])  # fmt: skip
 def test_one_axis_takes_the_rest_of_the_devices(config, shape):
     mesh = make_mesh(config)
@@ -36,7 +37,7 @@ def test_one_axis_takes_the_rest_of_the_devices(config, shape):
 
 @pytest.mark.parametrize("config", [
     MeshConfig(data=3), MeshConfig(data=4), MeshConfig(fsdp=3), MeshConfig(data=8, fsdp=2),
-    MeshConfig(data=-1, fsdp=-1), MeshConfig(tensor=0), MeshConfig(tensor=-2),
+    MeshConfig(data=-1, fsdp=-1), MeshConfig(tensor=0), MeshConfig(tensor=-2), MeshConfig(expert=3),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(config):
     with pytest.raises(UserError, match=r"config\.mesh"):
@@ -53,7 +54,10 @@ def test_a_mesh_of_some_devices():
 def test_logical_names_map_by_the_table():
     assert spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
     assert spec(("layers", None, "heads")) == PartitionSpec(None, None, "tensor")
-    assert spec(("activation_batch", "activation_time")) == PartitionSpec(("data", "fsdp"), None)
+    assert spec(("activation_batch", "activation_time")) == PartitionSpec(
+        ("data", "fsdp", "expert"), None
+    )
+    assert spec(("experts", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused():
@@ -99,11 +103,27 @@ def test_plain_data_parallelism_replicates_by_intent():
     assert shardings["large"].is_fully_replicated
 
 
+def test_an_expert_axis_needs_experts():
+    dense = {"mlp": {"up": box((8, 32), "embed", "mlp")}}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+    with pytest.raises(UserError, match=r"expert=4, but the model has no experts"):
+        sharding.parameter_shardings(mesh, dense)
+    adapters = {"a": box((8, 2), "embed", "rank")}  # their base has the experts
+    sharding.parameter_shardings(mesh, adapters)
+    experts = {"moe": {"up": box((4, 8, 32), "experts", "embed", "mlp")}}
+    assert sharding.parameter_shardings(mesh, experts)["moe"]["up"].shard_shape((4, 8, 32)) == (
+        1, 4, 32
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has 6 along 'experts'"):
+        sharding.parameter_shardings(mesh, {"up": box((6, 8, 32), "experts", "embed", "mlp")})
+
+
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def test_batches_are_split_over_data_and_fsdp():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+@pytest.mark.parametrize("config", [MeshConfig(2, 2, 2), MeshConfig(2, 1, 2, expert=2)])
+def test_batches_are_split_over_all_axes_but_tensor(config):
+    mesh = make_mesh(config)
     assert sharding.batch_shards(mesh) == 4
     assert sharding.batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)
 

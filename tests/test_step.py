@@ -6,15 +6,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models.moe import MoeConfig
 from llm_jax.objectives.lm import LossConfig, make_objective
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig, Named
-from llm_jax.step import StepConfig
+from llm_jax.step import Pooled, StepConfig
 from llm_jax.types import Batch, Mean
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -22,7 +24,7 @@ BATCH, LENGTH, VOCABULARY, STEPS = 16, 12, 64, 5
 
 SHAPE = {
     "vocab_size": VOCABULARY, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-    "mlp_dim": 32, "max_length": 32, "qk_norm": True,
+    "mlp_dim": 32, "max_length": 32, "qk_norm": "head",
 }  # fmt: skip
 MODELS = {
     "tied": ModelConfig(**SHAPE),
@@ -37,7 +39,8 @@ MESHES = {
 
 
 def make_mesh(config):
-    return sharding.make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+    devices = config.data * config.fsdp * config.tensor * config.expert
+    return sharding.make_mesh(config, jax.devices()[:devices])
 
 
 def ragged_batch(seed):
@@ -198,6 +201,103 @@ def test_every_micro_batch_and_every_step_has_randomness_of_its_own():
     assert len(set(sums)) == 3
     for total, of_squares in zip(sums, squares, strict=True):
         assert of_squares != pytest.approx(total**2 / 2, rel=1e-4)  # equal if both draws were
+
+
+# --- losses of the whole batch --------------------------------------------------------------------
+
+
+def squared_sum(noise=0.0):
+    """(Σ w·x + noise)²: no sum over rows, but linear in each row's part once the sum is known."""
+
+    def part(params, batch, rng):
+        values, weights = batch
+        return jnp.sum(params["w"] * weights * values) + noise * jax.random.uniform(rng)
+
+    def pool(params, batch, rng):
+        return part(params, batch, rng), jnp.sum(batch[1])
+
+    def objective(params, batch, rng, sums):
+        own = part(params, batch, rng)
+        whole, _ = pool(params, batch, rng) if sums is None else sums
+        whole = jax.lax.stop_gradient(whole)
+        # Value whole · own and gradient 2 · whole · own′.
+        total = whole * (2 * own - jax.lax.stop_gradient(own))
+        metrics = {"own": Mean(own, jnp.float32(1)), "whole": Mean(whole, jnp.float32(1))}
+        return Mean(total, jnp.sum(batch[1])), metrics
+
+    return Pooled(pool, objective)
+
+
+@pytest.mark.parametrize("mesh, micro_batches", [("1", 1), ("1", 2), ("1", 4), ("4x2", 2)])
+def test_an_objective_may_know_the_sums_of_the_whole_batch(mesh, micro_batches):
+    values, weights = np.arange(16.0), np.ones(16)
+    _, (metrics,) = some_steps(values, weights, micro_batches, squared_sum(), MESHES[mesh])
+    assert float(metrics["loss"].value()) == pytest.approx((3 * 120) ** 2 / 16)
+    assert float(metrics["grad_norm"]) == pytest.approx(2 * (3 * 120) * 120 / 16)
+
+
+def test_the_sums_are_made_with_the_randomness_of_the_micro_batches():
+    _, (metrics,) = some_steps(np.ones(4), np.ones(4), 2, squared_sum(noise=10.0))
+    own, whole = metrics["own"], metrics["whole"]
+    assert float(whole.value()) == pytest.approx(float(own.total), rel=1e-6)
+    assert float(own.total) > 12.1  # of which the noise is at least a little
+
+
+def loss_and_gradients(model_config, mesh_config, micro_batches):
+    """Of one step, in float32 throughout, and its metrics."""
+    mesh = make_mesh(mesh_config)
+    model = LanguageModel(model_config)
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    keep = optax.GradientTransformationExtraArgs(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, *_, **__: (g, g)
+    )
+    optimizer = optim.skip_bad_steps(keep, None, 1, 1)
+
+    def init_params(rng):
+        return sharding.unbox(model.init(rng))
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        _, shardings = step.init_state(
+            init_params, optimizer, 0, mesh, sharding.parameter_shardings(mesh, boxed)
+        )
+        state = step.materialise(init_params, optimizer, 0, shardings)
+        train_step = step.make_train_step(
+            make_objective(model, LossConfig(load_balance=1.0, router_z=0.1)), optimizer,
+            mesh=mesh, shardings=shardings, micro_batches=micro_batches,
+        )  # fmt: skip
+        batch = jax.device_put(ragged_batch(0), sharding.batch_sharding(mesh))
+        state, metrics = train_step(state, batch, np.float32(0))
+    return jax.device_get((metrics, state.opt_state.inner))
+
+
+EXPERTS = ModelConfig(
+    **{**SHAPE, "num_layers": 4}, scan_layers=True, moe=MoeConfig(4, capacity_factor=1.0)
+)
+
+
+@pytest.fixture(scope="module")
+def one_pass():
+    return loss_and_gradients(EXPERTS, MESHES["1"], 1)
+
+
+@pytest.mark.parametrize("mesh, micro_batches", [
+    (MESHES["1"], 2), (MESHES["1"], 4), (MESHES["8"], 2), (MeshConfig(2, 1, 1, 4), 1),
+])  # fmt: skip
+def test_the_load_balance_of_experts_is_that_of_the_whole_batch(one_pass, mesh, micro_batches):
+    """A product of two means over all tokens: micro-batches alone would give another one."""
+    expected, wanted = one_pass
+    metrics, gradients = loss_and_gradients(EXPERTS, mesh, micro_batches)
+    for name in ("loss", "cross_entropy", "load_balance", "router_z", "dropped"):
+        value = metrics[name].value()
+        assert float(value) == pytest.approx(float(expected[name].value()), rel=1e-6), name
+    assert float(metrics["dropped"].value()) > 0
+    flat, wanted_flat = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (gradients, wanted)
+    )
+    assert np.linalg.norm(flat - wanted_flat) < 2e-6 * np.linalg.norm(wanted_flat)
+    routers = (tree["layers"]["block_0"]["moe"]["router"] for tree in (gradients, wanted))
+    np.testing.assert_allclose(*routers, atol=2e-6)
 
 
 # --- cutting the batch ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.stored import at
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.sft import SFTConfig, SFTEvaluationConfig
 
@@ -150,29 +151,27 @@ def mesh():
 
 
 def test_all_weights_of_a_run_with_adapters(base, adapted, mesh):
-    whole_config, whole = weights.read_weights(base, 2, mesh)
-    run_config, read = weights.read_weights(adapted, 2, mesh)
-    assert whole_config.lora is None and run_config.lora.rank == 2
+    whole, read = (at(run, 2).read(mesh) for run in (base, adapted))
+    assert at(base, 2).model.lora is None and at(adapted, 2).model.lora.rank == 2
     adapters, frozen = lora.split(read)
     jax.tree.map(np.testing.assert_array_equal, frozen, whole)
     assert jax.tree.leaves(adapters)
     with pytest.raises(UserError, match="cannot be read"):
-        weights.read_weights(base, 1, mesh)
+        at(base, 1).read(mesh)
 
 
 def test_merged_weights_have_the_adapters_in_their_kernels(base, adapted, mesh):
-    run_config, read = weights.read_weights(adapted, 2, mesh)
-    merged, _ = weights.read_merged(adapted, 2, mesh)
-    _, whole = weights.read_weights(base, 2, mesh)
+    read, whole = at(adapted, 2).read(mesh), at(base, 2).read(mesh)
+    merged, _ = at(adapted, 2).read_merged(mesh)
     assert jax.tree.structure(merged) == jax.tree.structure(whole)
     up, adapter = whole["layer_0"]["mlp"]["down"], read["layer_0"]["mlp"]["down"]["lora"]
     (parts,) = adapter.values()
-    delta = run_config.lora.scale * np.asarray(parts["a"]) @ np.asarray(parts["b"])
+    delta = at(adapted, 2).model.lora.scale * np.asarray(parts["a"]) @ np.asarray(parts["b"])
     np.testing.assert_allclose(
         merged["layer_0"]["mlp"]["down"]["kernel"], np.asarray(up["kernel"]) + delta, atol=1e-6
     )
     # Without adapters there is nothing to merge.
-    jax.tree.map(np.testing.assert_array_equal, weights.read_merged(base, 2, mesh)[0], whole)
+    jax.tree.map(np.testing.assert_array_equal, at(base, 2).read_merged(mesh)[0], whole)
 
 
 def test_the_identity_of_adapted_weights_is_the_same_on_every_mesh(base, adapted):
@@ -185,11 +184,11 @@ def test_the_identity_of_adapted_weights_is_the_same_on_every_mesh(base, adapted
             (MeshConfig(1, 1, 2), 2),
         ):
             there = make_mesh(mesh_config, jax.devices()[:count])
-            _, read = weights.read_weights(run, 2, there)
+            read = at(run, 2).read(there)
             identities.add(weights.identify(meta[run], read))
-            assert weights.read_merged(run, 2, there)[1] in identities
+            assert at(run, 2).read_merged(there)[1] in identities
         assert len(identities) == 1
-    assert weights.identify(meta[base], weights.read_weights(base, 2, there)[1]) not in identities
+    assert weights.identify(meta[base], at(base, 2).read(there)) not in identities
 
 
 @pytest.fixture
@@ -209,14 +208,14 @@ def moved(base, adapted, tmp_path):
 
 
 def test_a_base_that_moved_along_is_found(moved, mesh, adapted):
-    expected = weights.read_weights(adapted, 2, mesh)[1]
+    expected = at(adapted, 2).read(mesh)
     run = moved("base", "adapted")
-    jax.tree.map(np.testing.assert_array_equal, weights.read_weights(run, 2, mesh)[1], expected)
+    jax.tree.map(np.testing.assert_array_equal, at(run, 2).read(mesh), expected)
 
 
 def test_a_base_that_is_gone_is_one_clear_line(moved, mesh, base):
     with pytest.raises(UserError) as caught:
-        weights.read_weights(moved("adapted"), 2, mesh)
+        at(moved("adapted"), 2).read(mesh)
     message = str(caught.value)
     assert f"belong to {base}, which is not there: put it back, or beside" in message
     assert "\n" not in message
@@ -231,7 +230,7 @@ def test_a_base_that_has_changed_is_refused(moved, mesh, run_on, tiny_config, tm
     )
     assert run_on(1, other, tmp_path / "base") == 0
     with pytest.raises(UserError, match=r"belong to another base than .*: its weights have chang"):
-        weights.read_weights(run, 2, mesh)
+        at(run, 2).read(mesh)
 
 
 def test_a_folder_may_have_an_at_sign_in_its_name(base, adapted, run_on, chats, tmp_path, mesh):
@@ -239,4 +238,4 @@ def test_a_folder_may_have_an_at_sign_in_its_name(base, adapted, run_on, chats, 
     shutil.copytree(base, folder / "base")
     run = adapt(folder / "base", run_on, chats, folder / "adapted")
     assert checkpoint.locate(f"{folder / 'base'}@2") == (folder / "base", 2)
-    assert jax.tree.leaves(weights.read_weights(run, 2, mesh)[1])
+    assert jax.tree.leaves(at(run, 2).read(mesh))

@@ -34,7 +34,7 @@ def main(values: flags.FlagValues) -> None:
     from llm_jax import checkpoint, sharding
     from llm_jax.data.tokenizers import load_tokenizer
     from llm_jax.run import write_json
-    from llm_jax.weights import read_merged
+    from llm_jax.stored import at
 
     run, step = checkpoint.locate(values.workdir)
     meta = checkpoint.read_meta(run, step)
@@ -42,7 +42,7 @@ def main(values: flags.FlagValues) -> None:
         raise UserError(f"{run} has no adapters: there is nothing to merge.")
     mesh = sharding.make_mesh(sharding.MeshConfig())
     with jax.set_mesh(mesh):
-        weights, _ = read_merged(run, step, mesh)
+        weights, _ = at(run, step).read_merged(mesh)
     meta = {key: value for key, value in meta.items() if key != "base"}
     meta["model"] = meta["model"] | {"lora": None}
     with disk_errors(output, "Name another folder."):

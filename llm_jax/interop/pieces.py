@@ -7,8 +7,13 @@ A leaf is put together from pieces, each cut out of one tensor; a tensor may hol
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+Range = tuple[int, int]  # begin and end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Piece:
     axes: tuple[str, ...]
     sizes: Mapping[str, int]
     start: tuple[int, ...]
-    rows: tuple[int, int] | None = None
+    rows: Range | None = None
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -43,6 +48,80 @@ class Piece:
     def shape(self) -> tuple[int, ...]:
         """In the leaf."""
         return tuple(1 if name == "1" else self.sizes[name] for name in self.axes)
+
+    @property
+    def first_row(self) -> int:
+        """Of the tensor."""
+        return 0 if self.rows is None else self.rows[0]
+
+    @property
+    def box(self) -> tuple[Range, ...]:
+        """The part of the leaf that the piece fills, one range a dimension."""
+        return self.place({name: (0, size) for name, size in self.sizes.items()})
+
+    def ranges(self, box: Sequence[Range]) -> dict[str, Range]:
+        """Of every factor, for a part of the leaf that lies inside the piece."""
+        return {
+            name: (begin - start, end - start)
+            for name, start, (begin, end) in zip(self.axes, self.start, box, strict=True)
+            if name != "1"
+        }
+
+    def place(self, ranges: Mapping[str, Range]) -> tuple[Range, ...]:
+        """The part of the leaf that `ranges` selects of the factors."""
+        selected = (ranges.get(name, (0, 1)) for name in self.axes)
+        return tuple(
+            (start + begin, start + end)
+            for start, (begin, end) in zip(self.start, selected, strict=True)
+        )
+
+    def turned(self, part: np.ndarray) -> np.ndarray:
+        """A view of an array in the leaf's dimensions, with a dimension for every factor instead,
+        in the tensor's order."""
+        names = [name for name in self.axes if name != "1"]
+        ones = tuple(i for i, name in enumerate(self.axes) if name == "1")
+        order = [names.index(name) for dimension in self.factors for name in dimension]
+        return part.squeeze(ones).transpose(order)
+
+    def runs(self, ranges: Mapping[str, Range], max_rows: int) -> Iterator[Run]:
+        """Cuts the rows that `ranges` selects into runs of at most `max_rows`, from top to bottom.
+
+        What the ranges leave out among the rows of a run is part of it.
+        """
+        names = self.factors[0]
+        sizes = [self.sizes[name] for name in names]
+        strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+        level = next(i for i, stride in enumerate(strides) if stride <= max_rows)
+        step = max_rows // strides[level]
+        begin, end = ranges[names[level]]
+        for outer in itertools.product(*(range(*ranges[name]) for name in names[:level])):
+            above = sum(entry * stride for entry, stride in zip(outer, strides, strict=False))
+            entries = {name: (entry, entry + 1) for name, entry in zip(names, outer, strict=False)}
+            for first in range(begin, end, step):
+                last = min(first + step, end)
+                yield Run(
+                    rows=(above + first * strides[level], above + last * strides[level]),
+                    grid=(1,) * level + (last - first, *sizes[level + 1 :]),
+                    cuts=(slice(None),) * (level + 1)
+                    + tuple(slice(*ranges[name]) for name in names[level + 1 :]),
+                    ranges={**ranges, **entries, names[level]: (first, last)},
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive rows of a piece.
+
+    rows: begin and end, from the piece's first row.
+    grid: the sizes of the first dimension's factors within the run; their product is the rows.
+    cuts: what is selected of the grid.
+    ranges: what is selected of every factor of the piece.
+    """
+
+    rows: Range
+    grid: tuple[int, ...]
+    cuts: tuple[slice, ...]
+    ranges: Mapping[str, Range]
 
 
 @dataclasses.dataclass(frozen=True)

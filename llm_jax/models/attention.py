@@ -38,6 +38,7 @@ def attention(
     v_BKSH: jax.Array,
     *,
     backend: str,
+    scale: float | None = None,
     query_segment_ids_BT: jax.Array | None = None,
     key_segment_ids_BS: jax.Array | None = None,
     query_places_BT: jax.Array | None = None,
@@ -49,12 +50,13 @@ def attention(
 ) -> jax.Array:
     """Attention output [batch, kv_heads, group, time, head_dim] in the dtype of q.
 
-    Scores are divided by the square root of the head dimension; scores and softmax are float32.
+    Scores and softmax are float32.
 
     Args:
       q_BKGTH: queries, already rotated.
       k_BKSH: keys, already rotated. v_BKSH: values.
       backend: one of `BACKENDS`.
+      scale: what scores are multiplied by; None = 1 / √head_dim.
       query_segment_ids_BT, key_segment_ids_BS: int32, both or neither; 0 is padding.
       query_places_BT: int32 index of each query among the keys; None = 0, 1, 2, ... with T = S.
         Only the einsum backend takes it: the others compile the causal mask in.
@@ -72,14 +74,15 @@ def attention(
     if query_places_BT is not None and backend != "einsum":
         raise ValueError(f"attention backend {backend!r} takes no query_places: use einsum")
     segments = (query_segment_ids_BT, key_segment_ids_BS)
+    scale = q_BKGTH.shape[-1] ** -0.5 if scale is None else scale
     if backend == "einsum":
         return _einsum(
-            q_BKGTH, k_BKSH, v_BKSH, segments, query_places_BT, window, soft_cap, dropout,
+            q_BKGTH, k_BKSH, v_BKSH, segments, query_places_BT, scale, window, soft_cap, dropout,
             dropout_rng,
         )  # fmt: skip
     if backend == "splash":
-        return _splash(q_BKGTH, k_BKSH, v_BKSH, segments, window, soft_cap, interpret)
-    return _dot_product_attention(q_BKGTH, k_BKSH, v_BKSH, segments, window, backend)
+        return _splash(q_BKGTH, k_BKSH, v_BKSH, segments, scale, window, soft_cap, interpret)
+    return _dot_product_attention(q_BKGTH, k_BKSH, v_BKSH, segments, scale, window, backend)
 
 
 def check_backend(backend: str, *, dtype: jax.typing.DTypeLike, soft_cap: float | None,
@@ -156,7 +159,7 @@ def attention_mask(
     return mask_BTS
 
 
-def _einsum(q, k, v, segments, query_places_BT, window, soft_cap, dropout, dropout_rng):
+def _einsum(q, k, v, segments, query_places_BT, scale, window, soft_cap, dropout, dropout_rng):
     """The explicit form, and the reference for the other backends.
 
     Queries go in blocks, each with only the keys that it can see.
@@ -181,7 +184,7 @@ def _einsum(q, k, v, segments, query_places_BT, window, soft_cap, dropout, dropo
         outputs.append(
             _attend(
                 q[:, :, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask_BTS,
-                soft_cap, dropout, rngs[block],
+                scale, soft_cap, dropout, rngs[block],
             )
         )  # fmt: skip
     return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=3)
@@ -192,10 +195,10 @@ def _query_blocks(time: int) -> int:
     return max(1, min(4, time // 128))
 
 
-def _attend(q, k, v, mask_BTS, soft_cap, dropout, dropout_rng):
+def _attend(q, k, v, mask_BTS, scale, soft_cap, dropout, dropout_rng):
     """Softmax attention over keys of which a mask says who sees them."""
     batch, kv_heads, group, time, head_dim = q.shape
-    q_BKNH = (q * head_dim**-0.5).reshape(batch, kv_heads, group * time, head_dim)
+    q_BKNH = (q * scale).reshape(batch, kv_heads, group * time, head_dim)
     scores_BKNS = batched_product(q_BKNH, k, True)
     scores_BKGTS = scores_BKNS.reshape(batch, kv_heads, group, time, -1)
     if soft_cap is not None:
@@ -214,7 +217,7 @@ def _attend(q, k, v, mask_BTS, soft_cap, dropout, dropout_rng):
     return (out_BKGTH / total_BKGT1).astype(q.dtype)
 
 
-def _dot_product_attention(q, k, v, segments, window, implementation):
+def _dot_product_attention(q, k, v, segments, scale, window, implementation):
     """`jax.nn.dot_product_attention`, which wants time before heads, segments as a mask."""
     batch, kv_heads, group, time, head_dim = q.shape
     q_BTNH = q.reshape(batch, kv_heads * group, time, head_dim).swapaxes(1, 2)
@@ -226,6 +229,7 @@ def _dot_product_attention(q, k, v, segments, window, implementation):
         k.swapaxes(1, 2),
         v.swapaxes(1, 2),
         mask=mask,
+        scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
@@ -233,11 +237,13 @@ def _dot_product_attention(q, k, v, segments, window, implementation):
     return out_BTNH.swapaxes(1, 2).reshape(q.shape)
 
 
-def _splash(q, k, v, segments, window, soft_cap, interpret):
+def _splash(q, k, v, segments, scale, window, soft_cap, interpret):
     """The TPU kernel; rows are padded to whole blocks, and shards run it on their own heads."""
     # A Pallas call is opaque to the partitioner, so the sharding of its operands is spelt out.
     mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_splash_local, window=window, soft_cap=soft_cap, interpret=interpret)
+    local = functools.partial(
+        _splash_local, scale=scale, window=window, soft_cap=soft_cap, interpret=interpret
+    )
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, segments)
     heads = ("activation_batch", "activation_heads")
@@ -249,7 +255,7 @@ def _splash(q, k, v, segments, window, soft_cap, interpret):
     )(q, k, v, segments)
 
 
-def _splash_local(q, k, v, segments, window, soft_cap, interpret):
+def _splash_local(q, k, v, segments, scale, window, soft_cap, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
@@ -263,7 +269,7 @@ def _splash_local(q, k, v, segments, window, soft_cap, interpret):
         widths = [(0, padding if i == axis else 0) for i in range(x.ndim)]
         return jnp.pad(x, widths)
 
-    q = pad(q * head_dim**-0.5, 3).reshape(batch, kv_heads * group, length, head_dim)
+    q = pad(q * scale, 3).reshape(batch, kv_heads * group, length, head_dim)
     k, v = pad(k, 2), pad(v, 2)
     ids = None
     if segments[0] is not None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llm_jax.errors import UserError
 from llm_jax.models.lora import LoraConfig
+from llm_jax.models.moe import MoeConfig
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
 LayerKind = Literal["global", "local"]
@@ -14,7 +15,10 @@ LayerKind = Literal["global", "local"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder; every switch is independent of the others."""
+    """A decoder; every switch is independent of the others.
+
+    A branch is what attention or MLP adds to the residual stream.
+    """
 
     vocab_size: int | None = None  # None = the tokenizer's
     embed_dim: int = 256
@@ -23,12 +27,22 @@ class ModelConfig:
     num_kv_heads: int | None = None  # key/value heads that query heads share; None = num_heads
     head_dim: int | None = None  # None = embed_dim / num_heads
     mlp_dim: int = 704
-    max_length: int = 131_072  # no position may reach it; the RoPE table's bound
+    max_length: int = 131_072  # no position may reach it
+    position: Literal["rotary", "learned"] = "rotary"  # learned: a table of max_length rows
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_epsilon: float = 1e-5
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    norm_plus_one: bool = False  # norms multiply by 1 + scale, and scales start at 0
+    norm_placement: Literal["before", "after", "both"] = "before"  # of each branch
+    parallel_residual: bool = False  # the MLP reads what attention reads, not what it has added to
+    # gelu is the tanh form, in geglu too; gelu_erf the exact one.
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"
+    moe: MoeConfig | None = None  # experts in place of every MLP, each mlp_dim wide
     tie_embeddings: bool = True  # the output projection is the transposed embedding table
-    qk_norm: bool = False  # norm over each head of queries and keys, before RoPE
+    scale_embeddings: bool = False  # by √embed_dim
+    # Norm of queries and keys before RoPE: over each head, or over all heads together.
+    qk_norm: Literal["none", "head", "all"] = "none"
+    # Scores are divided by its square root; None = head_dim.
+    query_pre_attention_scalar: float | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"  # all: the output projection too
     mlp_bias: bool = False
     attention_soft_cap: float | None = None  # scores ← cap · tanh(score / cap)
@@ -37,6 +51,7 @@ class ModelConfig:
     # Kinds of layers, repeated over the depth; None = every layer local if there is a window.
     attention_pattern: tuple[LayerKind, ...] | None = None
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None  # of the layers with a window; None = as the others
     residual_dropout: float = 0.0  # on what attention and MLP add to the residual stream
     attention_dropout: float = 0.0  # on attention weights; einsum backend only
     neftune_alpha: float = 0.0  # noise on embeddings in training (arXiv:2310.05914); about 5
@@ -64,6 +79,24 @@ class ModelConfig:
                 f"model.embed_dim={self.embed_dim} is not a multiple of "
                 f"model.num_heads={self.num_heads}: make it one, or set model.head_dim."
             )
+        if self.position == "rotary":
+            self._check_rope()
+        for name in ("residual_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1).")
+        if not self.neftune_alpha >= 0:
+            raise UserError(f"model.neftune_alpha={self.neftune_alpha} must not be negative.")
+        for name in ("attention_soft_cap", "logits_soft_cap", "query_pre_attention_scalar"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"model.{name}={value} must be positive; leave it out for none.")
+        if self.local_rope is not None and self.window is None:
+            raise UserError("model.local_rope is that of layers with a window: set model.window.")
+        if self.parallel_residual and self.norm_placement != "before":
+            raise UserError("model.parallel_residual needs model.norm_placement='before'.")
+        self._check_pattern()
+
+    def _check_rope(self) -> None:
         if self.resolved_head_dim % 2:
             raise UserError(
                 f"model.head_dim={self.resolved_head_dim} is odd, and RoPE turns pairs of "
@@ -74,16 +107,6 @@ class ModelConfig:
                 f"model.rope.fraction={self.rope.fraction} leaves no pair of the "
                 f"{self.resolved_head_dim} head dimensions to rotate: raise it."
             )
-        for name in ("residual_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1).")
-        if not self.neftune_alpha >= 0:
-            raise UserError(f"model.neftune_alpha={self.neftune_alpha} must not be negative.")
-        for name in ("attention_soft_cap", "logits_soft_cap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"model.{name}={value} must be positive; leave it out for no cap.")
-        self._check_pattern()
 
     def _check_pattern(self) -> None:
         if self.attention_pattern is None:
@@ -128,11 +151,16 @@ class ModelConfig:
     def layer_window(self, layer: int) -> int | None:
         return self.windows[layer % len(self.windows)]
 
+    @property
+    def attention_scale(self) -> float:
+        """What scores, products of queries and keys, are multiplied by."""
+        return (self.query_pre_attention_scalar or self.resolved_head_dim) ** -0.5
+
 
 def check_length(config: ModelConfig, length: int) -> None:
     """Raises UserError where rows of `length` tokens pass the model's table of positions."""
     if length > config.max_length:
         raise UserError(
-            f"length {length} is past the RoPE table of model.max_length={config.max_length}: "
+            f"length {length} is past the positions of model.max_length={config.max_length}: "
             "shorten the length, or raise model.max_length (with a fitting model.rope)."
         )

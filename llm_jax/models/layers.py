@@ -5,6 +5,7 @@ Legend: B batch, T time, D embed, M mlp, F fused parts of one product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,11 @@ from llm_jax.sharding import Named, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
-    "geglu": jax.nn.gelu,  # the tanh form, as the published models with it use
+    "geglu": jax.nn.gelu,  # the tanh form
     "gelu": jax.nn.gelu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
 }
+GATED = ("swiglu", "geglu")
 
 
 def parameter(
@@ -34,22 +37,26 @@ def parameter(
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, computed in float32."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last `dimensions` axes, in float32."""
 
     kind: str
     epsilon: float
+    plus_one: bool
     dtype: str
+    dimensions: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        size = (x.shape[-1],)
-        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), size)
+        size, names = x.shape[-self.dimensions :], ("norm",) * self.dimensions
+        axes = tuple(range(-self.dimensions, 0))
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = parameter(self, "scale", init, names, size)
         x = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), size)
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        x = x * scale
+            bias = parameter(self, "bias", nn.initializers.zeros, names, size)
+            x = x - jnp.mean(x, axis=axes, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + self.epsilon)
+        x = x * (1 + scale if self.plus_one else scale)
         if self.kind == "layernorm":
             x = x + bias
         return x.astype(self.dtype)
@@ -122,7 +129,7 @@ def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
 
 
 class MLP(nn.Module):
-    """Gated (SwiGLU, GeGLU; arXiv:2002.05202; gate and up are one product) or plain GELU."""
+    """Gated (SwiGLU, GeGLU; arXiv:2002.05202; gate and up are one product) or plain."""
 
     kind: str
     embed_dim: int
@@ -136,7 +143,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.kind]
         D, M = self.embed_dim, self.mlp_dim
-        if self.kind == "gelu":
+        if self.kind not in GATED:
             up = Projection((D, M), self.dtype, self.use_bias, lora=self.lora, name="up")
             h_BTM = activation(up(x_BTD))
         else:

@@ -52,7 +52,7 @@ def _qwen3(
     return ModelConfig(
         vocab_size=151_936, embed_dim=embed, num_layers=layers, num_heads=heads,
         num_kv_heads=kv_heads, head_dim=128, mlp_dim=mlp, max_length=40_960, norm_epsilon=1e-6,
-        tie_embeddings=tied, qk_norm=True, rope=RopeConfig(theta=1_000_000.0),
+        tie_embeddings=tied, qk_norm="head", rope=RopeConfig(theta=1_000_000.0),
     )  # fmt: skip
 
 

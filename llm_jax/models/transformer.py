@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import flax.struct
@@ -22,8 +23,9 @@ from llm_jax.models.attention import attention, choose_backend
 from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
+from llm_jax.models.moe import MixtureOfExperts, Routing
 from llm_jax.models.product import product, turned
-from llm_jax.models.rope import apply_rotary, rotary_tables
+from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -39,12 +41,14 @@ HEADS_AXES = ("activation_batch", "activation_heads")
 class Row:
     """What all layers share about the rows they see.
 
-    sin, cos: float32 [B, T, R]. query_segment_ids: int32 [B, T]; key_segment_ids: int32 [B, S].
+    rotation, local_rotation: sine and cosine of RoPE's angles, float32 [B, T, R] each, the latter
+      for layers with a window; None with learned positions.
+    query_segment_ids: int32 [B, T]; key_segment_ids: int32 [B, S].
     lengths: int32 [B], tokens in the cache before these; None without a cache.
     """
 
-    sin: jax.Array
-    cos: jax.Array
+    rotation: tuple[jax.Array, jax.Array] | None
+    local_rotation: tuple[jax.Array, jax.Array] | None
     query_segment_ids: jax.Array | None
     key_segment_ids: jax.Array | None
     lengths: jax.Array | None
@@ -65,18 +69,21 @@ class Attention(nn.Module):
             (D, K, G + 2, H), config.dtype, config.attention_bias != "none", lora=config.lora,
             name="qkv",
         )(x_BTD)  # fmt: skip
+        q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKFH, (G, G + 1), axis=3)
+        if config.qk_norm != "none":
+            norm = functools.partial(_norm, config, 1 if config.qk_norm == "head" else 3)
+            q_BTKGH = norm(name="query_norm")(q_BTKGH)
+            k_BTK1H = norm(name="key_norm")(k_BTK1H)
         q_BKGTH, k_BK1TH, v_BK1TH = (
             constrain(part.transpose(0, 2, 3, 1, 4), *HEADS_AXES, None, "activation_time", None)
-            for part in jnp.split(qkv_BTKFH, (G, G + 1), axis=3)
+            for part in (q_BTKGH, k_BTK1H, v_BTK1H)
         )
-        v_BKTH = v_BK1TH[:, :, 0]
-        if config.qk_norm:
-            norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
-            q_BKGTH = norm(name="query_norm")(q_BKGTH)
-            k_BK1TH = norm(name="key_norm")(k_BK1TH)
-        sin, cos = row.sin[:, None, None], row.cos[:, None, None]
-        q_BKGTH = apply_rotary(q_BKGTH, sin, cos)
-        k_BKTH = apply_rotary(k_BK1TH, sin, cos)[:, :, 0]
+        rotation = row.rotation if self.window is None else row.local_rotation
+        if rotation is not None:
+            sin, cos = (table[:, None, None] for table in rotation)
+            q_BKGTH = apply_rotary(q_BKGTH, sin, cos)
+            k_BK1TH = apply_rotary(k_BK1TH, sin, cos)
+        k_BKTH, v_BKTH = k_BK1TH[:, :, 0], v_BK1TH[:, :, 0]
 
         backend, places_BT = self.backend, None
         if cache is not None:
@@ -96,6 +103,7 @@ class Attention(nn.Module):
             k_BKTH,
             v_BKTH,
             backend=backend,
+            scale=config.attention_scale,
             query_segment_ids_BT=row.query_segment_ids,
             key_segment_ids_BS=row.key_segment_ids,
             query_places_BT=places_BT,
@@ -113,26 +121,48 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); with norms after the branches, x +
+    norm(attention(x)); in parallel, x + attention(norm(x)) + MLP(norm'(x))."""
 
     config: ModelConfig
     backend: str
     window: int | None
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, row: Row, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: jax.Array, row: Row, cache: LayerCache | None) -> Any:
         config = self.config
-        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.dtype)
+        before, after = (config.norm_placement in (place, "both") for place in ("before", "after"))
         dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
+
+        def enter(x_BTD: jax.Array, branch: str) -> jax.Array:
+            return _norm(config, name=f"{branch}_norm")(x_BTD) if before else x_BTD
+
+        def leave(added_BTD: jax.Array, branch: str) -> jax.Array:
+            if after:
+                added_BTD = _norm(config, name=f"{branch}_post_norm")(added_BTD)
+            return dropout(added_BTD)
+
         attend = Attention(config, self.backend, self.window, name="attention")
-        added_BTD, cache = attend(norm(name="attention_norm")(x_BTD), row, cache)
-        x_BTD = constrain(x_BTD + dropout(added_BTD), *RESIDUAL_AXES)
-        mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
-                  _residual_scale(config), config.lora, name="mlp")  # fmt: skip
-        x_BTD = x_BTD + dropout(mlp(norm(name="mlp_norm")(x_BTD)))
-        return constrain(x_BTD, *RESIDUAL_AXES), cache
+        added_BTD, cache = attend(enter(x_BTD, "attention"), row, cache)
+        attended_BTD = constrain(x_BTD + leave(added_BTD, "attention"), *RESIDUAL_AXES)
+        read_BTD = enter(x_BTD if config.parallel_residual else attended_BTD, "mlp")
+        added_BTD, routing = self._mlp(read_BTD, row)
+        x_BTD = constrain(attended_BTD + leave(added_BTD, "mlp"), *RESIDUAL_AXES)
+        return x_BTD, cache, routing
+
+    def _mlp(self, x_BTD: jax.Array, row: Row) -> tuple[jax.Array, Routing | None]:
+        config, scale = self.config, _residual_scale(self.config)
+        if config.moe is None:
+            mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
+                      scale, config.lora, name="mlp")  # fmt: skip
+            return mlp(x_BTD), None
+        experts = MixtureOfExperts(config.moe, config.mlp, config.embed_dim, config.mlp_dim,
+                                   config.dtype, scale, name="moe")  # fmt: skip
+        real_BT = jnp.ones(x_BTD.shape[:2], bool)
+        if row.query_segment_ids is not None:
+            real_BT = row.query_segment_ids != 0
+        # Which tokens an expert drops depends on all of the row, and a cached row comes in parts.
+        return experts(x_BTD, real_BT, dropless=row.lengths is not None)
 
 
 class Group(nn.Module):
@@ -144,13 +174,14 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, row: Row, caches: Any) -> tuple[jax.Array, Any]:
         block = _remat_block(self.config)
-        kept = []
+        kept, routings = [], []
         for place, window in enumerate(self.config.windows):
             cache = None if caches is None else caches[place]
             layer = block(self.config, self.backend, window, name=f"block_{place}")
-            x_BTD, cache = layer(x_BTD, row, cache)
+            x_BTD, cache, routing = layer(x_BTD, row, cache)
             kept.append(cache)
-        return x_BTD, None if caches is None else tuple(kept)
+            routings.append(routing)
+        return x_BTD, (None if caches is None else tuple(kept), tuple(routings))
 
 
 class Transformer(nn.Module):
@@ -164,7 +195,7 @@ class Transformer(nn.Module):
         positions_BT: jax.Array | None,
         segment_ids_BT: jax.Array | None,
         cache: KVCache | None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
         config = self.config
         V, D = config.vocab_size, config.embed_dim
         assert V is not None
@@ -173,18 +204,27 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             init = nn.initializers.lecun_normal()
             parameter(self, "output", init, ("embed", "vocab"), (D, V))
-        row, cache = _row(config, tokens_BT, positions_BT, segment_ids_BT, cache)
+        row, positions_BT, cache = _row(config, tokens_BT, positions_BT, segment_ids_BT, cache)
         # The rows of the table are gathered whole in the embed dimension, which the batch's mesh
         # axis would otherwise cut, but stay split over the vocabulary.
         table_VD = constrain(table_VD, "vocab", None).astype(config.dtype)
         x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *RESIDUAL_AXES)
+        if config.scale_embeddings:
+            x_BTD *= jnp.asarray(math.sqrt(D), config.dtype)  # rounded, as published models have it
+        if config.position == "learned":
+            init = nn.initializers.normal(0.01)
+            shape = (config.max_length, D)
+            table = parameter(self, "position_embedding", init, ("positions", "embed"), shape)
+            x_BTD += jnp.take(table.astype(config.dtype), positions_BT, axis=0)
+            x_BTD = constrain(x_BTD, *RESIDUAL_AXES)
         if config.neftune_alpha and self.has_rng("dropout"):
             x_BTD += _embedding_noise(
                 self.make_rng("dropout"), config.neftune_alpha, x_BTD, segment_ids_BT
             )
         caches = None if cache is None else cache.layers
+        routings: Any
         if config.scan_layers:
-            x_BTD, caches = nn.scan(
+            x_BTD, (caches, routings) = nn.scan(
                 Group,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
@@ -192,20 +232,22 @@ class Transformer(nn.Module):
                 length=config.num_layers // len(config.windows),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.backend, name="layers")(x_BTD, row, caches)
+            routings = [jax.tree.map(lambda x: jnp.sum(x, axis=0), part) for part in routings]
         else:
-            kept = []
+            kept, routings = [], []
             block = _remat_block(config)
             for i in range(config.num_layers):
                 layer = block(config, self.backend, config.layer_window(i), name=f"layer_{i}")
-                x_BTD, kept_i = layer(x_BTD, row, None if caches is None else caches[i])
+                x_BTD, kept_i, routing = layer(x_BTD, row, None if caches is None else caches[i])
                 kept.append(kept_i)
+                routings.append(routing)
             caches = tuple(kept)
-        x_BTD = Norm(config.norm, config.norm_epsilon, config.dtype, name="final_norm")(x_BTD)
+        x_BTD = _norm(config, name="final_norm")(x_BTD)
         if cache is not None:
             assert row.query_segment_ids is not None
             grown = jnp.sum(row.query_segment_ids != 0, axis=1, dtype=jnp.int32)
             cache = dataclasses.replace(cache, layers=caches, lengths=cache.lengths + grown)
-        return x_BTD, cache
+        return x_BTD, cache, None if config.moe is None else functools.reduce(operator.add, routings)
 
 
 class LanguageModel:
@@ -248,6 +290,22 @@ class LanguageModel:
           cache: keys and values of earlier tokens, which these follow; see `KVCache`. Prefill and
             decoding are the same call with many tokens or one.
         """
+        hidden, cache, _ = self.apply_with_routing(
+            params, tokens, positions, segment_ids, rng=rng, cache=cache
+        )
+        return hidden, cache
+
+    def apply_with_routing(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
+        """`apply`, and which experts the tokens took, summed over layers; None without experts."""
         rngs = None if rng is None else {"dropout": rng}
         result: Any = self._module.apply(
             {"params": params}, tokens, positions, segment_ids, cache, rngs=rngs
@@ -275,23 +333,36 @@ def _row(
     positions_BT: jax.Array | None,
     segment_ids_BT: jax.Array | None,
     cache: KVCache | None,
-) -> tuple[Row, Any]:
-    """The layers' shared inputs, and the cache with the new tokens' segment ids written."""
-    lengths = key_segment_ids_BS = None
+) -> tuple[Row, jax.Array, Any]:
+    """The layers' shared inputs, positions, and the cache with the new tokens' segment ids."""
+    before, held = None, tokens_BT.shape[1]
+    key_segment_ids_BS = segment_ids_BT
     if cache is not None:
-        lengths = cache.lengths
+        before = cache.lengths
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        key_segment_ids_BS = write(cache.segment_ids, segment_ids_BT, lengths, axis=0)
+        held = before + jnp.sum(segment_ids_BT != 0, axis=1)
+        key_segment_ids_BS = write(cache.segment_ids, segment_ids_BT, before, axis=0)
         cache = dataclasses.replace(cache, segment_ids=key_segment_ids_BS)
-    else:
-        key_segment_ids_BS = segment_ids_BT
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        if lengths is not None:
-            positions_BT = positions_BT + lengths[:, None]
-    sin, cos = rotary_tables(config.rope, config.resolved_head_dim, positions_BT)
-    return Row(sin, cos, segment_ids_BT, key_segment_ids_BS, lengths), cache
+        if before is not None:
+            positions_BT = positions_BT + before[:, None]
+
+    def rotation(rope: RopeConfig) -> tuple[jax.Array, jax.Array] | None:
+        if config.position == "learned":
+            return None
+        return rotary_tables(rope, config.resolved_head_dim, positions_BT, held)
+
+    everywhere = rotation(config.rope)
+    local = everywhere if config.local_rope is None else rotation(config.local_rope)
+    row = Row(everywhere, local, segment_ids_BT, key_segment_ids_BS, before)
+    return row, positions_BT, cache
+
+
+def _norm(config: ModelConfig, dimensions: int = 1, *, name: str) -> Norm:
+    return Norm(config.norm, config.norm_epsilon, config.norm_plus_one, config.dtype, dimensions,
+                name=name)  # fmt: skip
 
 
 def _embedding_noise(

@@ -10,12 +10,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel
+from llm_jax.models.moe import Routing
 from llm_jax.sharding import constrain
+from llm_jax.step import Objective, Pooled
 from llm_jax.types import Batch, Mean
 
 Sums = dict[str, jax.Array]  # float32 [] each
@@ -29,28 +32,64 @@ class LossConfig:
     # Positions of each row whose logits are held at once: [batch, chunk, vocab]. None = all.
     chunk: int | None = None
     z_loss: float = 0.0  # weight of logsumexp(logits)², which keeps logits from drifting
+    # Only with model.moe. The weight of the load-balance loss, and that of the mean of the routers'
+    # logsumexp². The former costs one more forward pass if there are several micro-batches.
+    load_balance: float = 0.01
+    router_z: float = 0.0
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise UserError(
                 f"loss.chunk={self.chunk} must be positive; leave it out for no chunks."
             )
-        if self.z_loss < 0:
-            raise UserError(f"loss.z_loss={self.z_loss} must not be negative.")
+        for name in ("z_loss", "load_balance", "router_z"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"loss.{name}={getattr(self, name)} must not be negative.")
 
 
-def make_objective(
-    model: LanguageModel, config: LossConfig
-) -> Callable[[Any, Batch, jax.Array | None], tuple[Mean, dict[str, Mean]]]:
+@flax.struct.dataclass
+class Whole:
+    """Sums over the whole batch, of which the loss of a mixture of experts is made; float32.
+
+    count: [], the loss weights. tokens: [], real tokens, once for every layer. choices: [E], tokens
+    that choose each expert in any layer; None where nothing asks for them.
+    """
+
+    count: jax.Array
+    tokens: jax.Array
+    choices: jax.Array | None
+
+
+def make_objective(model: LanguageModel, config: LossConfig) -> Objective:
     """The pre-training objective, (params, batch, rng) → (loss, metrics).
 
     loss is −log p(target) plus z_loss · logsumexp², summed with the batch's loss weights, in nats;
     its count is the sum of the weights. Metrics are "accuracy" (the target has the highest logit)
-    and, with a z-loss, "cross_entropy" and "z_loss", the two parts of the loss. `rng` is dropout's.
-    """
+    and, where the loss has other parts, "cross_entropy" and "z_loss", those two of it. `rng` is
+    dropout's.
 
-    def objective(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[Mean, dict[str, Mean]]:
-        hidden_BTD, _ = model.apply(
+    With a mixture of experts the loss has two more parts, which are metrics too: load_balance ·
+    E Σ_e (C_e / N) (P_e / N) and router_z · mean of logsumexp(router logits)² (ST-MoE,
+    arXiv:2202.08906, equation 5). C_e counts the choices of expert e, P_e sums the probabilities
+    of it, and N counts real tokens, all of them pooled over the whole batch and all layers: the
+    Switch Transformers' loss (arXiv:2101.03961, equation 4) for several choices a token, as
+    `load_balancing_loss_func` of transformers generalises it. The objective then is `Pooled`.
+    "dropped" is the share of choices past an expert's capacity, where there is one.
+
+    Raises:
+      UserError: a router_z for a model without experts.
+    """
+    moe = model.config.moe
+    if moe is None and config.router_z:
+        raise UserError(
+            f"loss.router_z={config.router_z} is for a mixture of experts: leave it out, or set "
+            "model.moe."
+        )
+
+    def objective(
+        params: Any, batch: Batch, rng: jax.Array | None, whole: Whole | None = None
+    ) -> tuple[Mean, dict[str, Mean]]:
+        hidden_BTD, _, routing = model.apply_with_routing(
             params, batch.tokens, batch.positions, batch.segment_ids, rng=rng
         )
         weights_BT = batch.loss_weights.astype(jnp.float32)
@@ -59,10 +98,48 @@ def make_objective(
             weights_BT,
         )  # fmt: skip
         count = jnp.sum(weights_BT)
-        metrics = {name: Mean(jax.lax.stop_gradient(value), count) for name, value in sums.items()}
-        return Mean(total, count), metrics
+        metrics = {name: Mean(value, count) for name, value in sums.items()}
+        if routing is not None:
+            assert moe is not None
+            metrics.setdefault("cross_entropy", Mean(total, count))
+            added, more = _router_losses(config, routing, whole or _whole(config, count, routing))
+            total += added
+            metrics |= more
+            if moe.capacity_factor is not None:
+                metrics["dropped"] = Mean(routing.dropped, routing.tokens * moe.experts_per_token)
+        return Mean(total, count), jax.lax.stop_gradient(metrics)
 
-    return objective
+    def pool(params: Any, batch: Batch, rng: jax.Array | None) -> Whole:
+        _, _, routing = model.apply_with_routing(
+            params, batch.tokens, batch.positions, batch.segment_ids, rng=rng
+        )
+        assert routing is not None
+        return _whole(config, jnp.sum(batch.loss_weights.astype(jnp.float32)), routing)
+
+    return objective if moe is None else Pooled(pool, objective)
+
+
+def _whole(config: LossConfig, count: jax.Array, routing: Routing) -> Whole:
+    return Whole(count, routing.tokens, routing.counts if config.load_balance else None)
+
+
+def _router_losses(
+    config: LossConfig, routing: Routing, whole: Whole
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """The rows' part of what the routers add to the loss, and the metrics of it.
+
+    Only the probabilities and z depend on the parameters, and they enter linearly: with the rest
+    taken from the whole batch, the parts of its rows add up.
+    """
+    tokens = jnp.maximum(whole.tokens, 1)
+    means = {"router_z": Mean(routing.z, routing.tokens)}
+    added = config.router_z * routing.z
+    if whole.choices is not None:
+        shares_E = jax.lax.stop_gradient(whole.choices / tokens)
+        balance = shares_E.size * jnp.sum(shares_E * routing.probabilities)
+        means["load_balance"] = Mean(balance, routing.tokens)
+        added += config.load_balance * balance
+    return added * whole.count / tokens, means
 
 
 def token_nats(

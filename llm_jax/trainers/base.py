@@ -61,6 +61,7 @@ class RunConfig:
     trainer: str = "pretrain"
     seed: int = 0
     init_from: str | None = None  # DIR or DIR@STEP of an earlier stage: parameters and meta only
+    init_from_hf: str | None = None  # a Hugging Face folder; it goes before init_from
     # How the base of LoRA adapters is held (QLoRA, arXiv:2305.14314); None: in float32.
     quantize_base: Literal["int8", "nf4"] | None = None
     # Compiled programs are kept here between runs; None: $JAX_COMPILATION_CACHE_DIR or

@@ -17,7 +17,7 @@ from llm_jax.data.examples import Message
 from llm_jax.data.phases import Phase, plan
 from llm_jax.data.template_base import ChatTemplate
 from llm_jax.data.templates import DEFAULT_TEMPLATE, load_template, make_template
-from llm_jax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from llm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
@@ -32,7 +32,8 @@ from llm_jax.trainers.origin import Origin, Weights, decide_weights
 VOCABULARY_MULTIPLE = 64
 
 # What a stage takes from its own config although the parameters come from a stage before it:
-# nothing here changes what the inherited parameters mean. (And max_length, where it is given.)
+# nothing here changes what the inherited parameters mean. (And max_length and the capacity of
+# experts, where they are given.)
 RUNTIME_FIELDS = (
     "dtype",
     "remat",
@@ -103,6 +104,8 @@ class Foundation:
             "heads": list(self.heads),
         }
         meta |= self.more_meta
+        if self.origin is not None and "published" in self.origin.meta:
+            meta["published"] = self.origin.meta["published"]
         if self.template is not None:
             meta["template"] = self.template.describe()
         if self.weights.base is not None:
@@ -197,7 +200,7 @@ def lay(
       UserError: an origin that cannot be read, or that does not fit.
     """
     origin = Origin.find(config, workdir, heads)
-    tokenizer = new_tokenizer() if origin is None else load_tokenizer(origin.run / "tokenizer")
+    tokenizer = new_tokenizer() if origin is None else origin.stored.tokenizer()
     model = _model(config.model, origin, tokenizer, log)
     return Foundation(
         config=config,
@@ -245,12 +248,16 @@ def _model(
         own = {name: getattr(asked, name) for name in RUNTIME_FIELDS}
         if asked.max_length != ModelConfig().max_length:
             own["max_length"] = asked.max_length
-        model = dataclasses.replace(origin.model, **own)
+        inherited = origin.stored.model
+        if inherited.moe is not None and asked.moe is not None:
+            capacity = asked.moe.capacity_factor
+            own["moe"] = dataclasses.replace(inherited.moe, capacity_factor=capacity)
+        model = dataclasses.replace(inherited, **own)
         if not origin.is_own:
             default, wanted, taken = (resolved(m) for m in (ModelConfig(), asked, model))
             ignored = [key for key in taken if wanted[key] not in (taken[key], default[key], None)]
             note = f"; config.model gives way in {', '.join(ignored)}" if ignored else ""
-            log(f"parameters, architecture and tokenizer come from {origin.name}{note}")
+            log(f"parameters, architecture and tokenizer come from {origin.stored.name}{note}")
         return model
     if asked.vocab_size is None:
         padded = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

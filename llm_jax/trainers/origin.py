@@ -12,71 +12,65 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax import checkpoint, sharding
-from llm_jax.binding import binding_digest
 from llm_jax.config import build
 from llm_jax.errors import UserError
+from llm_jax.interop.folder import is_published
 from llm_jax.models import ModelConfig
-from llm_jax.trainers.base import RunConfig
-from llm_jax.weights import (
-    Base,
-    init_trained,
-    init_weights,
-    quantized,
-    read_base,
-    read_merged,
-    without_heads,
-)
+from llm_jax.stored import Base, Stored, at, read_base
+from llm_jax.weights import init_trained, init_weights, quantized, without_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a run inherits: from its own past, or from the stage before it.
+    """What a run inherits: from its own past, from the stage before it, or from a published model.
 
-    is_own: whether it is the run's own checkpoint. step: of that checkpoint. lineage: the stages
-    before this one, oldest first.
+    is_own: whether it is the run's own checkpoint. lineage: the stages before this one, oldest
+    first.
     """
 
-    run: Path
-    step: int
-    meta: dict[str, Any]
+    stored: Stored
     is_own: bool
     lineage: tuple[dict[str, Any], ...]
 
     @staticmethod
-    def find(config: RunConfig, workdir: Path, heads: tuple[str, ...]) -> Origin | None:
-        """The run's own newest checkpoint, else `config.init_from`, else None.
+    def find(config: Any, workdir: Path, heads: tuple[str, ...]) -> Origin | None:
+        """Decides in this order: (1) the run's own newest checkpoint, (2) the published folder
+        `config.init_from_hf`, (3) the run `config.init_from`, (4) None: from scratch.
 
         Raises:
-          UserError: no such run, or one with a head that is not among `heads`.
+          UserError: no such run or folder, or one with a head that is not among `heads`.
         """
         own = checkpoint.newest_meta(workdir)
         if own is not None:
-            return Origin(workdir, *own, is_own=True, lineage=tuple(own[1]["lineage"]))
-        if config.init_from is None:
+            return Origin(Stored(workdir, *own), is_own=True, lineage=tuple(own[1]["lineage"]))
+        if config.init_from_hf is not None:
+            if not is_published(config.init_from_hf):
+                raise UserError(
+                    f"config.init_from_hf={config.init_from_hf!r} is no Hugging Face folder: it "
+                    "has no config.json with a model_type. A run is named by config.init_from."
+                )
+            stored = at(config.init_from_hf, 0, config.model.scan_layers)
+        elif config.init_from is not None:
+            stored = at(*checkpoint.locate(config.init_from))
+        else:
             return None
-        run, step = checkpoint.locate(config.init_from)
-        meta = checkpoint.read_meta(run, step)
-        lost = set(meta.get("heads", ())) - set(heads)
+        lost = set(stored.heads) - set(heads)
         if lost:
             raise UserError(
-                f"{run} is a model with {', '.join(sorted(lost))}, and stage {config.trainer!r} "
-                "has no use for that: start from the run that it was made from."
+                f"{stored.path} is a model with {', '.join(sorted(lost))}, and stage "
+                f"{config.trainer!r} has no use for that: start from the run that it was made from."
             )
         before = {
-            "stage": meta["stage"],
-            "run": str(run),
-            "step": step,
-            "config": binding_digest(run),
+            "stage": stored.meta["stage"],
+            "run": str(stored.path),
+            "step": stored.step,
+            "config": stored.digest,
         }
-        return Origin(run, step, meta, is_own=False, lineage=(*meta["lineage"], before))
+        return Origin(stored, is_own=False, lineage=(*stored.meta["lineage"], before))
 
     @property
-    def name(self) -> str:
-        return f"{self.run}@{self.step}"
-
-    @property
-    def model(self) -> ModelConfig:
-        return build(ModelConfig, self.meta["model"], "meta.model")
+    def meta(self) -> dict[str, Any]:
+        return self.stored.meta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +102,7 @@ def decide_weights(
             return Weights(init, None, None)
 
         def inherit() -> Any:
-            whole, _ = read_merged(origin.run, origin.step, mesh)
+            whole, _ = origin.stored.read_merged(mesh)
             return {**without_heads(whole), **_only(whole, heads)}
 
         return Weights(init, functools.partial(_load, inherit, init, config.seed), None)
@@ -116,11 +110,12 @@ def decide_weights(
     assert origin is not None
     if origin.is_own:
         base = build(Base, origin.meta["base"], "meta.base")
-        frozen, inherited = read_base(base, mesh, beside=origin.run), {}
+        frozen, inherited = read_base(base, mesh, origin.stored.path, model), {}
     else:
-        whole, identity = read_merged(origin.run, origin.step, mesh)
+        whole, identity = origin.stored.read_merged(mesh)
         inherited = _only(whole, heads)
-        base = Base(str(origin.run), origin.step, identity, config.quantize_base)
+        stored = origin.stored
+        base = Base(str(stored.path), stored.step, identity, config.quantize_base)
         frozen = quantized(without_heads(whole), config.quantize_base)
 
     def make(rng: jax.Array, base: Any) -> Any:
@@ -134,8 +129,8 @@ def decide_weights(
 def _check_adapters(config: Any, origin: Origin | None) -> None:
     if origin is None:
         raise UserError(
-            "config.model.lora adapts a trained model: name its run by config.init_from, or leave "
-            "config.model.lora out."
+            "config.model.lora adapts a trained model: name its run by config.init_from or its folder "
+            "by config.init_from_hf, or leave config.model.lora out."
         )
     if config.optimizer.name == "muon":
         raise UserError(

@@ -20,8 +20,8 @@ from llm_jax.evals.batching import padded_batches, to_host
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.objectives.logprobs import response_logprobs
 from llm_jax.sharding import batch_shards
+from llm_jax.stored import at
 from llm_jax.trainers.foundation import Foundation
-from llm_jax.weights import read_merged
 
 REFERENCE_VERSION = 1  # part of every cache key: raise it when equal inputs give other numbers
 BATCH_TOKENS = 4096  # of the sequences that are read at once, on each batch shard
@@ -118,7 +118,8 @@ class Reference:
 
     def _read_origin(self) -> tuple[Any, str]:
         before = self._ground.lineage[-1]
-        return read_merged(before["run"], before["step"], self._ground.mesh)
+        stored = at(before["run"], before["step"], self._ground.model.scan_layers)
+        return stored.read_merged(self._ground.mesh)
 
 
 def _read_values(path: Path, count: int) -> np.ndarray | None:

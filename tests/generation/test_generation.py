@@ -23,7 +23,7 @@ CONFIGS = {
         num_layers=2,
         window=3,
         attention_pattern=("local", "global"),
-        qk_norm=True,
+        qk_norm="head",
         logits_soft_cap=5.0,
     ),
     "scanned": dataclasses.replace(

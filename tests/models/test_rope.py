@@ -18,7 +18,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
     turned = (x_BTH[..., :8] + 1j * x_BTH[..., 8:]) * np.exp(1j * angles)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
 
-    sin, cos = rotary_tables(RopeConfig(), 16, jnp.asarray(positions_BT))
+    sin, cos = rotary_tables(RopeConfig(), 16, jnp.asarray(positions_BT), 1)
     actual = apply_rotary(jnp.asarray(x_BTH, jnp.float32), sin, cos)
 
     # float32 holds an angle of thousands of radians to about 2⁻¹¹
@@ -31,7 +31,7 @@ def test_scores_depend_on_distance_only():
 
     def score(query_position, key_position):
         turned = [
-            apply_rotary(x, *rotary_tables(RopeConfig(), 32, jnp.array([[position]])))
+            apply_rotary(x, *rotary_tables(RopeConfig(), 32, jnp.array([[position]]), 1))
             for x, position in ((q, query_position), (k, key_position))
         ]
         return float(jnp.vdot(*turned))
@@ -41,7 +41,7 @@ def test_scores_depend_on_distance_only():
 
 
 def test_tables_are_float32_at_long_positions_whatever_the_activations_are():
-    sin, _ = rotary_tables(RopeConfig(), 4, jnp.array([[100_001]]))
+    sin, _ = rotary_tables(RopeConfig(), 4, jnp.array([[100_001]]), 1)
     assert sin.dtype == jnp.float32
     assert float(sin[0, 0, 0]) == pytest.approx(math.sin(100_001), abs=1e-3)
     x = jnp.ones((1, 1, 4), jnp.bfloat16)
@@ -51,8 +51,8 @@ def test_tables_are_float32_at_long_positions_whatever_the_activations_are():
 def test_a_fraction_leaves_the_last_dimensions_alone():
     config = RopeConfig(fraction=0.5)
     x = jnp.arange(16.0)[None, None]
-    actual = apply_rotary(x, *rotary_tables(config, 16, jnp.array([[3]])))
-    first = apply_rotary(x[..., :8], *rotary_tables(RopeConfig(), 8, jnp.array([[3]])))
+    actual = apply_rotary(x, *rotary_tables(config, 16, jnp.array([[3]]), 1))
+    first = apply_rotary(x[..., :8], *rotary_tables(RopeConfig(), 8, jnp.array([[3]]), 1))
     np.testing.assert_array_equal(actual[..., 8:], x[..., 8:])
     np.testing.assert_array_equal(actual[..., :8], first)
 
@@ -81,23 +81,23 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_scaled_frequencies_match_another_implementation(name):
     config, expected, expected_amplitude = GOLDEN[name]
-    np.testing.assert_allclose(frequencies(config, 16), expected, rtol=1e-6)
+    np.testing.assert_allclose(frequencies(config, 16, 1)[0], expected, rtol=1e-6)
     assert amplitude(config) == pytest.approx(expected_amplitude, rel=1e-6)
 
 
 def test_ntk_stretches_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all():
-    plain = frequencies(RopeConfig(), 64)
-    scaled = frequencies(RopeConfig(scaling="ntk", factor=8.0), 64)
+    plain = frequencies(RopeConfig(), 64, 1)[0]
+    scaled = frequencies(RopeConfig(scaling="ntk", factor=8.0), 64, 1)[0]
     assert scaled[0] == plain[0]
     assert scaled[-1] == pytest.approx(plain[-1] / 8)
     assert np.all(np.diff(scaled / plain) < 0)
 
 
 def test_a_factor_of_one_changes_no_frequency():
-    plain = frequencies(RopeConfig(), 32)
+    plain = frequencies(RopeConfig(), 32, 1)[0]
     for scaling in ("linear", "ntk", "yarn", "llama3"):
         config = RopeConfig(scaling=scaling, factor=1.0, original_length=64)
-        np.testing.assert_allclose(frequencies(config, 32), plain, rtol=1e-12)
+        np.testing.assert_allclose(frequencies(config, 32, 1)[0], plain, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from llm_jax.models import (
 from llm_jax.sharding import MeshConfig, make_mesh, parameter_shardings, unbox
 
 CONFIG = ModelConfig(
-    vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48, qk_norm=True
+    vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48, qk_norm="head"
 )
 
 
@@ -70,7 +70,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, EVERYTHING, {"mlp": "gelu", "qk_norm": False, "attention_backend": "xla"}],
+    [{}, EVERYTHING, {"mlp": "gelu", "qk_norm": "none", "attention_backend": "xla"}],
     ids=["default", "every_switch", "gelu_xla"],
 )
 def test_causality_by_gradient(changes):
@@ -270,5 +270,5 @@ def test_vocabulary_and_length_are_checked():
         LanguageModel(dataclasses.replace(CONFIG, vocab_size=None))
     config = dataclasses.replace(CONFIG, max_length=64)
     check_length(config, 64)
-    with pytest.raises(UserError, match="length 65 is past the RoPE table"):
+    with pytest.raises(UserError, match="length 65 is past the positions"):
         check_length(config, 65)

@@ -10,6 +10,7 @@ import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models.moe import MoeConfig, Routing
 from llm_jax.objectives.lm import LossConfig, make_objective, token_nats
 from llm_jax.sharding import unbox
 from llm_jax.types import Batch
@@ -31,8 +32,10 @@ class Bigram(LanguageModel):
         table, output = (jax.random.normal(key, (V, 16)) for key in jax.random.split(rng))
         return {"embedding": table} | ({} if self.config.tie_embeddings else {"output": output.T})
 
-    def apply(self, params, tokens, positions=None, segment_ids=None, *, rng=None, cache=None):
-        return jnp.tanh(params["embedding"][tokens]), cache
+    def apply_with_routing(
+        self, params, tokens, positions=None, segment_ids=None, *, rng=None, cache=None
+    ):
+        return jnp.tanh(params["embedding"][tokens]), cache, None
 
 
 def make_model(tied=True):
@@ -172,8 +175,136 @@ def test_no_array_of_all_logits_is_made():
     assert largest(8) < logits
 
 
+# --- the losses of routers ------------------------------------------------------------------------
+
+E, K, LAYERS = 4, 2, 3
+
+
+class RoutedBigram(Bigram):
+    """Routers that look at the token alone: their logits are tables, [layers, V, E]."""
+
+    def init(self, rng):
+        routers = 3 * jax.random.normal(rng, (LAYERS, V, E))
+        return super().init(rng) | {"routers": routers}
+
+    def apply_with_routing(self, params, tokens, positions=None, segment_ids=None, **_):
+        hidden, cache, _ = super().apply_with_routing(params, tokens)
+        routing = []
+        for logits in params["routers"][:, tokens]:
+            real = (segment_ids != 0).astype(jnp.float32)
+            chosen = logits >= jnp.sort(logits, axis=-1)[..., -K, None]
+            routing.append(Routing(
+                jnp.einsum("bt,bte->e", real, chosen.astype(jnp.float32)),
+                jnp.einsum("bt,bte->e", real, jax.nn.softmax(logits)),
+                jnp.sum(real * jax.nn.logsumexp(logits, axis=-1) ** 2),
+                jnp.sum(real),
+                jnp.sum(real * (tokens % 2)),
+            ))  # fmt: skip
+        return hidden, cache, routing[0] + routing[1] + routing[2]
+
+
+def make_routed(capacity_factor=None):
+    config = ModelConfig(
+        vocab_size=V, embed_dim=16, num_layers=LAYERS, moe=MoeConfig(E, K, True, capacity_factor)
+    )
+    model = RoutedBigram(config)
+    return model, model.init(jax.random.key(0))
+
+
+def make_padded_batch():
+    batch = make_batch()
+    segments = batch.segment_ids.copy()
+    segments[0, 7:] = segments[2, 4:] = 0
+    weights = np.where(segments > 0, batch.loss_weights, 0)
+    return dataclasses.replace(batch, segment_ids=segments, loss_weights=weights)
+
+
+def published(params, batch):
+    """Load balance as published code has it, of all layers' real tokens in one list; and z."""
+    tokens = batch.tokens[batch.segment_ids > 0]
+    logits = jnp.concatenate(list(params["routers"][:, tokens]))
+    probabilities = jax.nn.softmax(logits)
+    chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, K)[1], E)  # [tokens, K, E]
+    share_KE, mean_E = jnp.mean(chosen, axis=0), jnp.mean(probabilities, axis=0)
+    return E * jnp.sum(share_KE * mean_E), jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+
+
+@pytest.mark.parametrize("load_balance, router_z", [(0.5, 0.0), (0.0, 0.2), (0.5, 0.2)])
+def test_router_losses_are_the_published_ones_whatever_the_loss_counts(load_balance, router_z):
+    model, params = make_routed()
+    batch = make_padded_batch()
+    objective = make_objective(model, LossConfig(load_balance=load_balance, router_z=router_z))
+
+    def mean(params):
+        loss, metrics = objective(params, batch, None)
+        return loss.value(), metrics
+
+    def expected_mean(params):
+        balance, z = published(params, batch)
+        total, _ = written_out(model, params, batch, 0.0)
+        entropy = total / batch.loss_weights.sum()
+        return entropy + load_balance * balance + router_z * z, (entropy, balance, z)
+
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    (expected, parts), wanted = jax.jit(jax.value_and_grad(expected_mean, has_aux=True))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5), gradient, wanted)
+    assert np.max(np.abs(gradient["routers"])) > 1e-3
+    assert ("load_balance" in metrics) == bool(load_balance) and "dropped" not in metrics
+    for name, part in zip(("cross_entropy", "load_balance", "router_z"), parts, strict=True):
+        if name in metrics:
+            assert float(metrics[name].value()) == pytest.approx(float(part), rel=1e-5), name
+
+
+def test_parts_that_know_the_whole_add_up_to_it():
+    model, params = make_routed()
+    objective = make_objective(model, LossConfig(load_balance=0.5, router_z=0.2))
+    batch = make_padded_batch()
+    rows = [jax.tree.map(lambda x: x[i : i + 1], batch) for i in range(3)]  # noqa: B023
+
+    def parts(params):
+        pooled = [objective.pool(params, row, None) for row in rows]
+        sums = jax.tree.map(lambda *x: sum(x), *pooled)
+        losses = [objective(params, row, None, sums) for row in rows]
+        return sum(loss.total for loss, _ in losses), [metrics for _, metrics in losses]
+
+    (total, metrics), gradient = jax.value_and_grad(parts, has_aux=True)(params)
+    expected, wanted = jax.value_and_grad(lambda p: objective(p, batch, None)[0].total)(params)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5), gradient, wanted)
+    for name, mean in objective(params, batch, None)[1].items():
+        joined = metrics[0][name] + metrics[1][name] + metrics[2][name]
+        assert float(joined.value()) == pytest.approx(float(mean.value()), rel=1e-5), name
+
+
+def test_the_share_of_dropped_choices_is_a_metric_where_there_is_a_capacity():
+    model, params = make_routed(capacity_factor=1.0)
+    batch = make_padded_batch()
+    _, metrics = make_objective(model, LossConfig())(params, batch, None)
+    odd = np.mean(batch.tokens[batch.segment_ids > 0] % 2)
+    assert float(metrics["dropped"].value()) == pytest.approx(odd / K)
+
+
+def test_padding_alone_gives_zero_router_losses_and_no_nan():
+    model, params = make_routed()
+    batch = make_batch()
+    batch = dataclasses.replace(
+        batch,
+        loss_weights=np.zeros_like(batch.loss_weights),
+        segment_ids=np.zeros_like(batch.segment_ids),
+    )
+    objective = make_objective(model, LossConfig(router_z=0.1))
+    value, gradient = jax.value_and_grad(lambda p: objective(p, batch, None)[0].total)(params)
+    assert value == 0
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+
+
 def test_bad_settings():
     with pytest.raises(UserError, match="chunk"):
         LossConfig(chunk=0)
-    with pytest.raises(UserError, match="z_loss"):
-        LossConfig(z_loss=-1.0)
+    for name in ("z_loss", "load_balance", "router_z"):
+        with pytest.raises(UserError, match=rf"{name}=-1.0 must not be negative"):
+            LossConfig(**{name: -1.0})
+    model, _ = make_model()
+    with pytest.raises(UserError, match=r"router_z=0.1 is for a mixture of experts"):
+        make_objective(model, LossConfig(router_z=0.1))

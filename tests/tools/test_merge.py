@@ -10,7 +10,8 @@ from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.runs import load_run
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.weights import Base, fingerprint, init_trained, read_weights
+from llm_jax.stored import Base, at
+from llm_jax.weights import fingerprint, init_trained
 from tools import merge
 from tools.cli import run_tool
 
@@ -30,7 +31,7 @@ def tool(capsys):
 def adapted(tmp_path, save_run, tiny_model):
     """A run of adapters, none of them zero, on another run."""
     base_run = save_run(tmp_path / "base", [3])
-    _, base = read_weights(base_run, 3, make_mesh(MeshConfig()))
+    base = at(base_run, 3).read(make_mesh(MeshConfig()))
     config = ModelConfig(**{**vars(tiny_model.config), "lora": LoraConfig(rank=2)})
     trained = jax.tree.map(
         lambda box: box.value + 0.1,

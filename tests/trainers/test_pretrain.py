@@ -47,7 +47,7 @@ def parent(tiny_config, run_on, tmp_path_factory):
     """The folder of a finished run with an average, to start from."""
     workdir = tmp_path_factory.mktemp("parent") / "run"
     config = tiny_config(
-        model=ModelConfig(**SMALL, qk_norm=True),
+        model=ModelConfig(**SMALL, qk_norm="head"),
         phases=(
             PhaseConfig(length=32, batch=8, steps=2),
             PhaseConfig(length=32, batch=8, steps=2, rope_theta=40_000.0),

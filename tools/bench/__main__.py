@@ -1,9 +1,10 @@
-"""Measures how fast training is on this machine.
+"""Measures how fast training is on this machine, and what importing takes.
 
     python -m tools.bench train   the bare train step: tokens/s, MFU, compile seconds, peak memory,
                                   of one setting, two in turn, or against transformers on torch
     python -m tools.bench loop    what the training loop adds to the bare step, in percent
     python -m tools.bench trace   the gaps between consecutive steps, from a profiler trace
+    python -m tools.bench import_memory   the host memory of importing a published checkpoint
 
 Every command explains its flags: python -m tools.bench train --help.
 """
@@ -18,7 +19,12 @@ from collections.abc import Sequence
 from llm_jax.errors import did_you_mean
 from tools.cli import run_tool
 
-COMMANDS = {"train": "train", "loop": "loop", "trace": "step_gaps"}
+COMMANDS = {
+    "train": "train",
+    "loop": "loop",
+    "trace": "step_gaps",
+    "import_memory": "import_memory",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -298,7 +298,7 @@ def torch_arguments(facts: dict[str, Any]) -> list[str]:
     llama = {
         "norm": "rmsnorm",
         "mlp": "swiglu",
-        "qk_norm": False,
+        "qk_norm": "none",
         "attention_bias": "none",
         "mlp_bias": False,
         "attention_soft_cap": None,

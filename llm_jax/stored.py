@@ -1,0 +1,169 @@
+"""Weights on disk, whole: of a run's checkpoint with the base of its adapters, or of a published
+folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax import checkpoint
+from llm_jax.binding import binding_digest
+from llm_jax.config import build, digest
+from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from llm_jax.errors import UserError
+from llm_jax.interop.folder import PublishedFolder, is_published, open_folder
+from llm_jax.models import ModelConfig, lora
+from llm_jax.types import join
+from llm_jax.weights import (
+    Quantization,
+    abstract,
+    identify,
+    init_trained,
+    init_weights,
+    quantized,
+    without_heads,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a run's adapters belong to, as its checkpoints' meta names it.
+
+    run, step: the checkpoint; or a published folder, and 0. fingerprint: what `identify` says of
+    it. quantized: how it is held.
+    """
+
+    run: str
+    step: int
+    fingerprint: str
+    quantized: Quantization | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Weights on disk and what is written beside them.
+
+    path, step: a run and one of its checkpoints; or a published folder, and 0.
+    """
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    published: PublishedFolder | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path) if self.published else f"{self.path}@{self.step}"
+
+    @property
+    def model(self) -> ModelConfig:
+        return build(ModelConfig, self.meta["model"], "meta.model")
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return tuple(self.meta.get("heads", ()))
+
+    @property
+    def digest(self) -> str:
+        """The hash of what made the weights: of a run's config, or of a published one."""
+        return digest(self.published.config) if self.published else binding_digest(self.path)
+
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+          UserError: none is there, or a damaged one.
+        """
+        if self.published is not None:
+            return self.published.tokenizer()
+        return load_tokenizer(self.path / "tokenizer")
+
+    def read(self, mesh: Mesh) -> Any:
+        """All weights on the mesh; heads too, and adapters beside their kernels.
+
+        Raises:
+          UserError: the weights, or the base of the adapters, are missing, damaged or others.
+        """
+        if self.published is not None:
+            return self.published.load(mesh)
+        model, heads = self.model, self.heads
+        rng = jax.random.key(0)
+        if model.lora is None:
+            boxed = jax.eval_shape(functools.partial(init_weights, model, heads), rng)
+            return checkpoint.read_params(self.path, self.step, abstract(mesh, boxed))
+        base = read_base(build(Base, self.meta["base"], "meta.base"), mesh, self.path, model)
+        boxed = jax.eval_shape(lambda rng: init_trained(model, heads, rng, base=base), rng)
+        trained = checkpoint.read_params(self.path, self.step, abstract(mesh, boxed))
+        return join(trained, base)
+
+    def read_merged(self, mesh: Mesh) -> tuple[Any, str]:
+        """All weights, adapters folded into their kernels, and what `identify` says of them.
+
+        Raises:
+          UserError: see `read`.
+        """
+        weights = self.read(mesh)
+        identity = identify(self.meta, weights)
+        if self.model.lora is not None:
+            weights = jax.jit(lora.merge, static_argnums=1)(weights, self.model)
+        return weights, identity
+
+
+def find(name: str, scan_layers: bool = False) -> Stored:
+    """What `DIR` or `DIR@STEP` names: a run's newest checkpoint or that one, or a published folder.
+
+    Args:
+      scan_layers: whether the layers of a published model are to be stacked.
+
+    Raises:
+      UserError: nothing there.
+    """
+    if is_published(name):
+        return at(name, 0, scan_layers)
+    return at(*checkpoint.locate(name))
+
+
+def at(path: str | Path, step: int, scan_layers: bool = False) -> Stored:
+    """`find`, where the place is known.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if is_published(path):
+        folder = open_folder(path, scan_layers)
+        return Stored(Path(path), 0, folder.meta(), folder)
+    return Stored(Path(path), step, checkpoint.read_meta(path, step))
+
+
+def read_base(base: Base, mesh: Mesh, beside: Path, model: ModelConfig) -> Any:
+    """The weights that adapters belong to, without heads, quantised as they were trained on.
+
+    Args:
+      base: the record of the run with the adapters.
+      beside: that run; a base that has moved along with it is looked for in the folder beside it.
+      model: that run's.
+
+    Raises:
+      UserError: no such run, or other weights than the adapters were trained on.
+    """
+    places = (Path(base.run), beside.absolute().parent / Path(base.run).name)
+    found = next((place for place in places if (place / "config.json").exists()), None)
+    if found is None:
+        raise UserError(
+            f"the adapters in {beside} belong to {base.run}, which is not there: put it back, or "
+            f"beside {beside}."
+        )
+    if not is_published(found):
+        checkpoint.locate(f"{found}@{base.step}")
+    stored = at(found, base.step, model.scan_layers)
+    weights, identity = stored.read_merged(mesh)
+    if identity != base.fingerprint:
+        raise UserError(
+            f"the adapters in {beside} belong to another base than {stored.name}: its weights "
+            "have changed since."
+        )
+    return quantized(without_heads(weights), base.quantized)
