@@ -6,7 +6,8 @@
 
 The corpus is the text of the Python installation itself: language reference, docstrings and sources
 of the standard library. Other sizes are the presets of llm_jax/models/presets.py, by name:
-`size=125m`, `size=llama3.1-8b`, ...; they train on 20 tokens a parameter.
+`size=125m`, `size=llama3.1-8b`, ...; they train on 20 tokens a parameter, of mixtures of experts a
+parameter that a token meets.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.presets import PRESETS
-from llm_jax.models.size import parameter_count
+from llm_jax.models.size import active_parameter_count
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.sharding import MeshConfig
@@ -27,6 +28,7 @@ from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
+TOKENS_A_STEP = 2**19
 
 
 def get_config(argument=None):
@@ -73,22 +75,35 @@ def _tiny():
 
 
 def _preset(model):
-    model = dataclasses.replace(model, dtype="bfloat16", scan_layers=True, remat="full")
+    has_whole_patterns = model.num_layers % len(model.windows) == 0
+    model = dataclasses.replace(
+        model, dtype="bfloat16", scan_layers=has_whole_patterns, remat="full"
+    )
     vocabulary = model.vocab_size or 32_768
-    tokens = TOKENS_A_PARAMETER * parameter_count(dataclasses.replace(model, vocab_size=vocabulary))
-    short, long = 2048, 4096
+    parameters = active_parameter_count(dataclasses.replace(model, vocab_size=vocabulary))
     return defaults(
         PretrainConfig,
         model=model,
         tokenizer=TokenizerConfig(vocab_size=vocabulary),
         data=DataConfig(packing="best_fit"),
         loss=LossConfig(chunk=512, z_loss=1e-4),
-        phases=(
-            PhaseConfig(length=short, batch=256, tokens=int(0.8 * tokens)),
-            PhaseConfig(length=long, batch=128, tokens=int(0.2 * tokens), rewarm_steps=100),
-        ),
+        phases=_phases(model.max_length, TOKENS_A_PARAMETER * parameters),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000, schedule="wsd"),
         mesh=MeshConfig(data=1, fsdp=-1),
         evaluation=PretrainEvaluationConfig(every=1000, rows=1024),
         checkpoint=CheckpointConfig(every=1000),
+    )
+
+
+def _phases(max_length, tokens):
+    """A fifth of the tokens at 4,096, the rest at 2,048, as far as the model's positions go."""
+    short, long = 2048, 4096
+    if max_length < long:
+        length = min(short, max_length)
+        return (PhaseConfig(length=length, batch=TOKENS_A_STEP // length, tokens=tokens),)
+    return (
+        PhaseConfig(length=short, batch=TOKENS_A_STEP // short, tokens=int(0.8 * tokens)),
+        PhaseConfig(
+            length=long, batch=TOKENS_A_STEP // long, tokens=int(0.2 * tokens), rewarm_steps=100
+        ),
     )

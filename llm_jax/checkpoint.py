@@ -263,8 +263,7 @@ class Deferred:
 
 
 class _DeferredHandler(ocp.type_handlers.ArrayHandler):
-    """Writes Deferred arrays one part after the other, in the chunks that orbax would make of arrays
-    with such shards."""
+    """Writes Deferred arrays one part after the other, as orbax writes the shards of an array."""
 
     async def serialize(
         self,

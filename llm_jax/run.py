@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
 from llm_jax.recipe import RECIPE, run_recipe
+from llm_jax.runs import write_json
 from llm_jax.train import Outcome, train
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import RunConfig, Trainer
@@ -63,16 +62,6 @@ def run(config: Any, workdir: str | Path) -> int:
             _write_result(workdir, run_config, trainer, outcome)
         log.message(_farewell(workdir, trainer.heads, outcome))
     return 0 if outcome.signal is None else 128 + outcome.signal
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-    os.chmod(temporary, 0o644)  # mkstemp makes it private, and runs are shared
-    os.replace(temporary, path)
 
 
 def _finished(workdir: Path, config: RunConfig) -> bool:

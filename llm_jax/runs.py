@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from llm_jax import checkpoint, sharding
-from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from llm_jax import sharding
+from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel
-from llm_jax.stored import find
+from llm_jax.stored import Stored, find
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """model, params and tokenizer of one checkpoint; params lie on `mesh`.
+    """Model and parameters of one checkpoint; they lie on `mesh`.
 
     params: with the heads that `meta["heads"]` names, and with adapters beside their kernels.
     meta: the checkpoint's own record: model config, stage, trained length, lineage, template.
     Computations enter the mesh by `with jax.set_mesh(run.mesh)`.
     """
 
-    path: Path
-    step: int
+    stored: Stored
     model: LanguageModel
     params: Any
-    tokenizer: Tokenizer
-    meta: dict[str, Any]
     mesh: Mesh
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    @property
+    def step(self) -> int:
+        return self.stored.step
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.stored.meta
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+          UserError: the run has none, or a damaged one.
+        """
+        return self.stored.tokenizer()
 
 
 def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> LoadedRun:
@@ -44,12 +66,24 @@ def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> Lo
     """
     stored = find(workdir)
     mesh = sharding.make_mesh(mesh_config or sharding.MeshConfig())
-    return LoadedRun(
-        path=stored.path,
-        step=stored.step,
-        model=LanguageModel(stored.model),
-        params=stored.read(mesh),
-        tokenizer=stored.tokenizer(),
-        meta=stored.meta,
-        mesh=mesh,
-    )
+    model, params = LanguageModel(stored.model), stored.read(mesh)
+    return LoadedRun(stored, model, params, mesh)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    os.chmod(temporary, 0o644)  # mkstemp makes it private, and runs are shared
+    os.replace(temporary, path)
+
+
+def check_new(folder: Path, flag: str) -> None:
+    """
+    Raises:
+      UserError: something is in the folder that `flag` names.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{flag}={folder} is there already: name a new folder.")

@@ -17,6 +17,7 @@ from llm_jax.config import build, digest
 from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import PublishedFolder, is_published, open_folder
+from llm_jax.interop.tokenizer_files import has_tokenizer
 from llm_jax.models import ModelConfig, lora
 from llm_jax.types import join
 from llm_jax.weights import (
@@ -69,9 +70,23 @@ class Stored:
         return tuple(self.meta.get("heads", ()))
 
     @property
-    def digest(self) -> str:
-        """The hash of what made the weights: of a run's config, or of a published one."""
-        return digest(self.published.config) if self.published else binding_digest(self.path)
+    def lineage(self) -> tuple[dict[str, Any], ...]:
+        """The stages up to this one, oldest first: of each its name, place, and config's hash."""
+        made_by = digest(self.published.config) if self.published else binding_digest(self.path)
+        own = {
+            "stage": self.meta["stage"],
+            "run": str(self.path),
+            "step": self.step,
+            "config": made_by,
+        }
+        return (*self.meta["lineage"], own)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """An imported folder may have come without one."""
+        if self.published is not None:
+            return has_tokenizer(self.path)
+        return (self.path / "tokenizer").is_dir()
 
     def tokenizer(self) -> Tokenizer:
         """

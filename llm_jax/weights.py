@@ -1,4 +1,4 @@
-"""The weights of a model as a tree: random ones, their shapes on a mesh, and what identifies them."""
+"""The weights of a model as a tree: random ones, shapes on a mesh, and what identifies them."""
 
 from __future__ import annotations
 

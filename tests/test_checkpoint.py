@@ -407,3 +407,11 @@ def test_a_part_that_cannot_be_made_leaves_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="the file is damaged"):
         checkpoint.write_streamed(tmp_path, 0, tree, META)
     assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_only_one_process_writes_part_by_part(tmp_path):
+    with (
+        mock.patch.object(jax, "process_count", return_value=2),
+        pytest.raises(UserError, match="by one process"),
+    ):
+        checkpoint.write_streamed(tmp_path, 0, {}, META)

@@ -24,6 +24,7 @@ from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.metrics import read_metrics_file
+from llm_jax.runs import write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 26
@@ -248,9 +249,9 @@ def test_a_hidden_file_makes_no_folder_someone_elses(config, run_on, tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
-    run.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert path.stat().st_mode & 0o777 == 0o644
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, did_you_mean
 
 
 def run_tool(
@@ -48,6 +50,40 @@ def run_tool(
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run_command(
+    commands: Mapping[str, str],
+    usage: str,
+    argv: Sequence[str] | None = None,
+    takes_overrides: bool = False,
+) -> int:
+    """Runs the subcommand that the first argument names, as `run_tool` does.
+
+    Args:
+      commands: name → module with `define_flags` and `main`.
+      usage: the docstring of the tool, printed by --help.
+      argv: see `run_tool`.
+      takes_overrides: whether `main` takes arguments such as --config.a.b=1, as `overrides`.
+
+    Returns:
+      The exit status.
+    """
+    arguments = list(sys.argv if argv is None else argv)[1:]
+    if not arguments or arguments[0].lstrip("-") in ("help", "h"):
+        print(usage)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in commands:
+        print(f"error: no command {name!r}.{did_you_mean(name, commands)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(commands[name])
+    main = command.main
+    if takes_overrides:
+        overrides = [a for a in rest if a.lstrip("-").startswith(("config.", "config["))]
+        rest = [a for a in rest if a not in overrides]
+        main = functools.partial(main, overrides=overrides)
+    return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
 
 
 def _describe(values: flags.FlagValues) -> str:

@@ -26,16 +26,15 @@ def define_flags() -> flags.FlagValues:
 def main(values: flags.FlagValues) -> None:
     if not values.workdir or not values.output:
         raise UserError("--workdir=RUN and --output=MERGED are both needed.")
-    output = Path(values.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output={output} is there already: name a new folder.")
     import jax
 
     from llm_jax import checkpoint, sharding
     from llm_jax.data.tokenizers import load_tokenizer
-    from llm_jax.run import write_json
+    from llm_jax.runs import check_new, write_json
     from llm_jax.stored import at
 
+    output = Path(values.output)
+    check_new(output, "--output")
     run, step = checkpoint.locate(values.workdir)
     meta = checkpoint.read_meta(run, step)
     if meta["model"].get("lora") is None:

@@ -4,7 +4,9 @@
 
 Each line of the input is an object with one of
 
-    {"text": ...}                       every token of a document, from its first one on
+    {"text": ...}                       every token of a document, from its first one on; without
+                                        the first where the tokenizer puts no bos before a document,
+                                        since nothing stands before it: it is context, not scored
     {"tokens": [...]}                   every token but the first, which nothing stands before
     {"prompt": ..., "completion": ...}  the completion's tokens; an exchange where the run has a
                                         chat template, plain text where it has none
@@ -70,9 +72,6 @@ def main(values: flags.FlagValues) -> None:
     print(f"{count:,} rows scored by {run.path}, checkpoint {run.step}", file=sys.stderr)
 
 
-_EXCHANGE = ("prompt", "completion")
-
-
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """A row as tokens. scored: for each of them whether its log-probability is wanted."""
@@ -100,10 +99,12 @@ def encode(run: LoadedRun, row: dict[str, Any], where: str) -> Scored:
 
 
 def _encode(run: LoadedRun, row: dict[str, Any], where: str) -> Scored:
+    from llm_jax.generation.generate import document_prompt
+
     tokenizer = run.tokenizer
     if "text" in row:
-        ids = tokenizer.encode(_string(row, "text", where))
-        return Scored([tokenizer.bos_id, *ids], [False, *[True] * len(ids)])
+        tokens = [*tokenizer.document_start, *tokenizer.encode(_string(row, "text", where))]
+        return Scored(tokens, [False, *[True] * (len(tokens) - 1)])
     if "tokens" in row:
         tokens = row["tokens"]
         if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
@@ -120,9 +121,10 @@ def _encode(run: LoadedRun, row: dict[str, Any], where: str) -> Scored:
                 f"{where}: {run.path} has no chat template, since it is not fine-tuned: score "
                 "text, tokens, or prompt and completion."
             )
-        prompt, completion = (tokenizer.encode(_string(row, k, where)) for k in _EXCHANGE)
-        context = [tokenizer.bos_id, *prompt]
-        return Scored(context + completion, [False] * len(context) + [True] * len(completion))
+        prompt, completion = (_string(row, name, where) for name in ("prompt", "completion"))
+        context = document_prompt(tokenizer, prompt)
+        ids = tokenizer.encode(completion, "after_text" if prompt else "start")
+        return Scored(context + ids, [False] * len(context) + [True] * len(ids))
     return _rendered(run, row, where)
 
 

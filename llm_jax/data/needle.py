@@ -224,17 +224,17 @@ class _Builder:
                 f"needle.distractors={config.distractors} plus 1 at most needle.names="
                 f"{config.names}."
             )
-        self._bos = np.array([tokenizer.bos_id])
+        self._start = np.array(tokenizer.document_start, np.int32)
         self._filler = _Filler(filler, tokenizer.token_bytes())
         self._length = length
-        self._before_name = tokenizer.encode(BEFORE_NAME)
-        self._after_value = tokenizer.encode(AFTER_VALUE)
-        words = sorted((tokenizer.encode(f" {word}") for word in WORDS), key=len)
+        self._before_name = tokenizer.encode(BEFORE_NAME, "after_text")
+        self._after_value = tokenizer.encode(AFTER_VALUE, "after_text")
+        words = sorted((tokenizer.encode(f" {word}", "after_text") for word in WORDS), key=len)
         self._names, self._values = _names_and_values(words, config.names, config.answers)
         self.value_tokens = len(self._values[0])
         question = len(self._before_name) + len(self._names[-1])
         self.sentence_tokens = question + self.value_tokens + len(self._after_value)
-        self.minimal_tokens = 1 + self.sentence_tokens + question + self.value_tokens
+        self.minimal_tokens = len(self._start) + self.sentence_tokens + question + self.value_tokens
         if length + 1 < self.minimal_tokens:
             raise UserError(
                 f"needle rows of length {length} are too short: with this tokenizer a needle and "
@@ -243,8 +243,8 @@ class _Builder:
 
     def needles_beside(self, questions: int) -> int:
         """How many needles fit into a row with so many questions, the last of which ends it."""
-        # One token more than `length`, less bos; the last question has nothing after its value.
-        space = self._length + len(self._after_value)
+        # One token more than `length`; the last question has nothing after its value.
+        space = self._length + 1 - len(self._start) + len(self._after_value)
         return space // self.sentence_tokens - questions
 
     def draw_facts(self, rng: np.random.Generator, count: int) -> list[_Fact]:
@@ -276,11 +276,11 @@ class _Builder:
         ]
         last = self._sentence(closing, answer_weight, text_weight)
         end = len(last.tokens) - len(self._after_value)
-        taken = 1 + end + sum(len(sentence.tokens) for _, sentence in inserts)
+        taken = len(self._start) + end + sum(len(sentence.tokens) for _, sentence in inserts)
         filler = self._filler.draw(rng, self._length + 1 - taken)
         filler_weights = np.full(len(filler), text_weight)
 
-        tokens, weights, begin = [self._bos], [np.zeros(1)], 0
+        tokens, weights, begin = [self._start], [np.zeros(len(self._start))], 0
         places = [(int(depth * len(filler)), sentence) for depth, sentence in inserts]
         for place, sentence in sorted(places, key=lambda insert: insert[0]):
             tokens += [filler[begin:place], sentence.tokens]

@@ -2,8 +2,9 @@
 
 A store is a folder: tokens.bin (flat unsigned integers), offsets.bin (int64 [documents + 1]) and
 meta.json. Document i is tokens[offsets[i]:offsets[i + 1]], never truncated; that of a text is
-[bos] + text + [eos]. Stores of rendered examples hold in trained.bin (uint8) which tokens a loss
-counts as targets, and in NAME.bin a number for each document, such as the score of a response.
+[bos] + text + [eos], without bos where that is the tokenizer's convention. Stores of rendered
+examples hold in trained.bin (uint8) which tokens a loss counts as targets, and in NAME.bin a number
+for each document, such as the score of a response.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class TokenStore:
         return self.meta.documents
 
     def document(self, index: int) -> np.ndarray:
-        """uint16 or uint32 [length], [bos] + tokens + [eos]; a view, so copy before writing."""
+        """uint16 or uint32 [length], its tokens, eos included; a view, so copy before writing."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -112,13 +113,13 @@ def build_text_stores(
     validation_fraction: float,
     cache_dir: str | Path | None = None,
 ) -> dict[str, TokenStore]:
-    """`build_stores` of the texts of a source, each a document [bos] + text + [eos]."""
+    """`build_stores` of the texts of a source, each a document start + text + [eos]."""
 
     def entries(counts: ReadCounts) -> Iterator[Entry]:
         for batch in in_batches(read_documents(source, counts), lambda d: len(d.text)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+                ids = [*tokenizer.document_start, *ids, tokenizer.eos_id]
                 yield Entry(ids, split_hash(document.text), len(document.text.encode("utf-8")))
 
     return build_stores(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.data.examples import Conversation, Message
-from llm_jax.data.tokenizer_base import Tokenizer
+from llm_jax.data.tokenizer_base import Place, Tokenizer
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE_START, RESPONSE_END = "<tool_response>", "</tool_response>"
@@ -70,7 +71,10 @@ class ChatTemplate(abc.ABC):
         Raises:
           UserError: the template cannot write one of the conversations.
         """
-        batch = [_joined(self._segments(c, tokenizer, is_prompt=False)) for c in conversations]
+        batch = [
+            _joined(_stripped(self._segments(c, tokenizer, is_prompt=False), tokenizer))
+            for c in conversations
+        ]
         ids = _encode(batch, tokenizer)
         return [_rendered(segments, ids) for segments in batch]
 
@@ -83,7 +87,8 @@ class ChatTemplate(abc.ABC):
           UserError: the template cannot write these messages.
         """
         conversation = Conversation(tuple(messages), tuple(tools))
-        segments = _joined(self._segments(conversation, tokenizer, is_prompt=True))
+        segments = self._segments(conversation, tokenizer, is_prompt=True)
+        segments = _joined(_stripped(segments, tokenizer))
         return _rendered(segments, _encode([segments], tokenizer)).tokens
 
     @abc.abstractmethod
@@ -136,10 +141,15 @@ def with_tools(
     """The messages with the tools' descriptions in the system turn, made where there is none."""
     if not tools:
         return messages
-    block = _TOOLS.format(lines="\n".join(map(_json, tools)))
+    block = tools_block("\n".join(map(_json, tools)))
     if messages and messages[0].role == "system":
         return (Message("system", f"{messages[0].content}\n\n{block}"), *messages[1:])
     return (Message("system", block), *messages)
+
+
+def tools_block(lines: str) -> str:
+    """What the system turn says of the tools, which `lines` describe in JSON."""
+    return _TOOLS.format(lines=lines)
 
 
 def without_tool_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
@@ -182,6 +192,22 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _stripped(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[Segment]:
+    """The segments without the white space that special tokens beside it take away."""
+    before, after = tokenizer.stripping
+    stripped = list(segments)
+    for ids, step, strip in ((after, 1, str.lstrip), (before, -1, str.rstrip)):
+        is_stripping = False
+        for i in range(len(stripped))[::step] if ids else ():
+            content = stripped[i].content
+            if isinstance(content, int):
+                is_stripping = content in ids
+            elif is_stripping:
+                stripped[i] = stripped[i]._replace(content=strip(content))
+                is_stripping = not stripped[i].content
+    return stripped
+
+
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
     """The segments, with texts that no cut keeps apart joined into one, and empty texts gone."""
     joined: list[Segment] = []
@@ -201,19 +227,35 @@ def _joined(segments: Iterable[Segment]) -> list[Segment]:
     return joined
 
 
-def _encode(batch: Iterable[Iterable[Segment]], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The ids of each text among the segments; one that stands often is encoded once."""
-    contents = (segment.content for segments in batch for segment in segments)
-    texts = list(dict.fromkeys(content for content in contents if isinstance(content, str)))
-    return dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+def _placed(segments: Iterable[Segment]) -> Iterator[tuple[Segment, Place]]:
+    """Each segment with the place where it stands."""
+    place: Place = "start"
+    for segment in segments:
+        yield segment, place
+        place = "after_special" if isinstance(segment.content, int) else "after_text"
 
 
-def _rendered(segments: Iterable[Segment], ids: dict[str, list[int]]) -> Rendered:
+def _encode(
+    batch: Iterable[Iterable[Segment]], tokenizer: Tokenizer
+) -> dict[tuple[str, Place], list[int]]:
+    """The ids of each text among the segments; one that stands often is encoded once a place."""
+    texts: dict[Place, dict[str, None]] = {}
+    for segment, place in itertools.chain.from_iterable(map(_placed, batch)):
+        if isinstance(segment.content, str):
+            texts.setdefault(place, {})[segment.content] = None
+    return {
+        (text, place): ids
+        for place, some in texts.items()
+        for text, ids in zip(some, tokenizer.encode_batch(list(some), place), strict=True)
+    }
+
+
+def _rendered(segments: Iterable[Segment], ids: dict[tuple[str, Place], list[int]]) -> Rendered:
     tokens: list[int] = []
     trained: list[bool] = []
-    for segment in segments:
+    for segment, place in _placed(segments):
         content = segment.content
-        piece = ids[content] if isinstance(content, str) else [content]
+        piece = ids[content, place] if isinstance(content, str) else [content]
         tokens += piece
         trained += [segment.trained] * len(piece)
     return Rendered(tokens, trained)

@@ -29,6 +29,7 @@ from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder beside TEMPLATE_FILE, a file a template
 JSON_FILES = ("chat_template.json", "tokenizer_config.json")
 
 _GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
@@ -75,8 +76,9 @@ class JinjaTemplate(ChatTemplate):
         except UserError:  # made to generate with, not to train on
             answer = []
         end = answer[-1].content if answer else ""
-        end = end if isinstance(end, int) else tokenizer.special_ids["end_of_turn"]
-        return tuple(dict.fromkeys((end, tokenizer.eos_id)))
+        if not isinstance(end, int):
+            end = tokenizer.special_ids.get("end_of_turn", tokenizer.eos_id)
+        return tuple(dict.fromkeys((end, *tokenizer.eos_ids)))
 
     def _segments(
         self, conversation: Conversation, tokenizer: Tokenizer, is_prompt: bool
@@ -114,20 +116,29 @@ def read_jinja(path: Path) -> JinjaTemplate:
       UserError: no template there, or a damaged one.
     """
     if path.is_dir():
-        candidates = [path / name for name in (TEMPLATE_FILE, *JSON_FILES)]
-        found = [file for file in candidates if file.exists() and _sources(file)]
-        if not found:
+        found = template_file(path)
+        if found is None:
             raise UserError(
                 f"{path} holds no chat template: no {TEMPLATE_FILE}, and no chat_template in "
                 f"{' or '.join(JSON_FILES)}."
             )
-        path = found[0]
+        path = found
     sources = _sources(path)
     if not sources:
         raise UserError(f"{path} holds no chat template: it is empty, or lacks 'chat_template'.")
     if "default" not in sources:
         raise UserError(f"{path} holds no chat template 'default', it has {', '.join(sources)}.")
     return JinjaTemplate(str(path), tuple(sources.items()))
+
+
+def template_file(folder: Path) -> Path | None:
+    """The file of a folder that holds its chat template; None where there is none.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    candidates = (folder / name for name in (TEMPLATE_FILE, *JSON_FILES))
+    return next((file for file in candidates if file.exists() and _sources(file)), None)
 
 
 class _Specials:
@@ -144,7 +155,8 @@ class _Specials:
         # The look at the first character spares most places the long list.
         special = f"(?=[{firsts}])(?:{_any_of(self._strings)})(?!{gap})"
         self._places = re.compile(f"({special}|{start}|{end})")
-        ends = _any_of((tokenizer.special_tokens["eos"], tokenizer.special_tokens["end_of_turn"]))
+        strings = tokenizer.special_tokens
+        ends = _any_of(strings[name] for name in ("eos", "end_of_turn") if name in strings)
         self._ending = re.compile(rf"({special})?{end}({special}|\s+(?:{ends})(?!{gap}))")
 
     def guard(self, value: Any) -> Any:
@@ -258,9 +270,9 @@ class _Rendering:
                 tools=self.specials.guard(list(self.conversation.tools)) or None,
                 documents=None,
                 add_generation_prompt=self.is_prompt,
-                bos_token=tokens["bos"],
+                bos_token=tokens.get("bos", ""),
                 eos_token=tokens["eos"],
-                pad_token=tokens["pad"],
+                pad_token=tokens.get("pad", ""),
                 generation_marks=self.specials.marks,
             )
         except Exception as error:  # a template is a program, and fails in as many ways
@@ -348,9 +360,12 @@ def _sources(file: Path) -> dict[str, str]:
             templates = json.loads(templates).get("chat_template")
         if isinstance(templates, list):
             return {str(entry["name"]): str(entry["template"]) for entry in templates}
+        more = sorted((file.parent / MORE_TEMPLATES).glob("*.jinja"))
+        more = more if file.name == TEMPLATE_FILE else []
+        others = {path.stem: path.read_text(encoding="utf-8") for path in more}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read as a chat template: {error}.") from error
-    return {"default": str(templates)} if templates else {}
+    return {"default": str(templates), **others} if templates else {}
 
 
 def _fields(message: Message) -> dict[str, Any]:

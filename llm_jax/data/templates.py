@@ -63,16 +63,16 @@ class HeaderTemplate(NamedTemplate):
     """Each turn is a header that names the role, the text, and a token that ends it."""
 
     @abc.abstractmethod
-    def _markup(self, tokenizer: Tokenizer) -> Markup:
+    def markup(self, tokenizer: Tokenizer) -> Markup:
         """The markup in the tokens of this tokenizer."""
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((self._markup(tokenizer).end, tokenizer.eos_id)))
+        return tuple(dict.fromkeys((self.markup(tokenizer).end, *tokenizer.eos_ids)))
 
     def _segments(
         self, conversation: Conversation, tokenizer: Tokenizer, is_prompt: bool
     ) -> list[Segment]:
-        markup = self._markup(tokenizer)
+        markup = self.markup(tokenizer)
         messages = with_tools(conversation.messages, conversation.tools)
         if "tool" not in markup.headers:
             messages = without_tool_turns(messages)
@@ -86,35 +86,37 @@ class HeaderTemplate(NamedTemplate):
 
 
 class ChatML(HeaderTemplate):
-    """One special token a role; the text form of ChatML where the tokenizer has its tokens."""
+    """One special token a role; ChatML as it is published where the tokenizer has no such tokens,
+    in its own two tokens where it has those."""
 
-    def _markup(self, tokenizer: Tokenizer) -> Markup:
+    def markup(self, tokenizer: Tokenizer) -> Markup:
         start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
         if start is not None and end is not None:
-            headers = {role: (start, f"{role}\n") for role in ROLES}
-            return Markup(headers, end, after="\n", bos=False)
-        ids = tokenizer.special_ids
-        return Markup({role: (ids[role],) for role in ROLES}, ids["end_of_turn"])
+            return Markup({r: (start, f"{r}\n") for r in ROLES}, end, after="\n", bos=False)
+        ids, end = tokenizer.special_ids, _end_of_turn(tokenizer)
+        if all(role in ids for role in ROLES):
+            return Markup({role: (ids[role],) for role in ROLES}, end)
+        return Markup({r: (f"<|im_start|>{r}\n",) for r in ROLES}, end, after="\n", bos=False)
 
 
 class Llama3(HeaderTemplate):
     """Headers in two tokens around the role's name; a tool's role is called ipython."""
 
-    def _markup(self, tokenizer: Tokenizer) -> Markup:
+    def markup(self, tokenizer: Tokenizer) -> Markup:
         opening = _special(tokenizer, "<|start_header_id|>")
         closing = _special(tokenizer, "<|end_header_id|>")
         names = {role: "ipython" if role == "tool" else role for role in ROLES}
         headers = {role: (opening, name, closing, "\n\n") for role, name in names.items()}
         end = tokenizer.special_id("<|eot_id|>")
         # One token ends a turn, whatever it is called: as text, it could not stop a generation.
-        end = tokenizer.special_ids["end_of_turn"] if end is None else end
+        end = _end_of_turn(tokenizer) if end is None else end
         return Markup(headers, end, strip=True)
 
 
 class Zephyr(HeaderTemplate):
     """The role on a line of its own; eos ends every turn."""
 
-    def _markup(self, tokenizer: Tokenizer) -> Markup:
+    def markup(self, tokenizer: Tokenizer) -> Markup:
         roles: tuple[Role, ...] = ("system", "user", "assistant")
         headers = {role: (_special(tokenizer, f"<|{role}|>"), "\n") for role in roles}
         return Markup(headers, tokenizer.eos_id, after="\n")
@@ -124,7 +126,7 @@ class Llama2(NamedTemplate):
     """[INST] around what the user says, the system turn inside the first one; eos ends answers."""
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return (tokenizer.eos_id,)
+        return tokenizer.eos_ids
 
     def _segments(
         self, conversation: Conversation, tokenizer: Tokenizer, is_prompt: bool
@@ -148,7 +150,7 @@ class Plain(NamedTemplate):
     """No roles: the turns' texts one after another, and eos."""
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return (tokenizer.eos_id,)
+        return tokenizer.eos_ids
 
     def _segments(
         self, conversation: Conversation, tokenizer: Tokenizer, is_prompt: bool
@@ -216,6 +218,10 @@ def _special(tokenizer: Tokenizer, string: str) -> str | int:
     """The id of a special token; its string, to be written as text, where there is none."""
     id_ = tokenizer.special_id(string)
     return string if id_ is None else id_
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int:
+    return tokenizer.special_ids.get("end_of_turn", tokenizer.eos_id)
 
 
 def _words(message: Message) -> Segment:

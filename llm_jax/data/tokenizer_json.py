@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from llm_jax.data.tokenizer_base import SPECIAL_TOKENS, Tokenizer
+from llm_jax.data.tokenizer_base import SPECIAL_TOKENS, Place, Tokenizer
+from llm_jax.data.tokenizer_published import (
+    ADDED_TOKENS,
+    TOKENIZER_CONFIG,
+    PublishedSettings,
+    beside,
+    content_of,
+)
 from llm_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
+END_OF_TEXT = "<|endoftext|>"  # of a vocabulary in the manner of GPT-2, where no file names others
 
 # Pre-tokenisation in the manner of GPT-4: contractions; words with the one space or mark before
 # them; digits one by one, so that a number's tokens do not depend on its length; runs of marks;
@@ -32,67 +42,97 @@ SPLIT_PATTERN = "|".join(
     )
 )
 
-# Strings by which published tokenizers name a purpose, looked for among their added tokens where
-# no file beside them says. eos comes first: where one token is both eos and bos or pad, it stays
-# eos, and the other purpose gets an id of its own.
-_PUBLISHED: dict[str, tuple[str, ...]] = {
-    "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
-    "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
-    "pad": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
-    "system": ("<|system|>",),
-    "user": ("<|user|>",),
-    "assistant": ("<|assistant|>",),
-    "tool": ("<|tool|>",),
-    "end_of_turn": ("<|end_of_turn|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"),
-}
-
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library with a token for each purpose."""
+    """A tokenizer of the `tokenizers` library, without a token more than it has."""
 
     kind = "tokenizers"
 
-    def __init__(self, library_tokenizer: tokenizers.Tokenizer, tokens: dict[str, str]):
+    def __init__(
+        self,
+        library_tokenizer: tokenizers.Tokenizer,
+        tokens: Mapping[str, str],
+        eos_ids: Sequence[int] = (),
+        published: Mapping[str, bytes] | None = None,
+    ):
+        """
+        Args:
+          library_tokenizer: taken over, and changed in what is not the encoding.
+          tokens: the string of each purpose; all of them in its vocabulary.
+          eos_ids, published: see `Tokenizer`.
+        """
         library_tokenizer.no_truncation()
         library_tokenizer.no_padding()
-        # Marks tokens that the file holds as ordinary added tokens as special ones, too.
+        ids = library_tokenizer.get_vocab(with_added_tokens=True)
+        super().__init__(
+            max(ids.values()) + 1,
+            {name: ids[token] for name, token in tokens.items()},
+            tokens,
+            document_start=_document_start(library_tokenizer),
+            eos_ids=eos_ids,
+            published=published,
+        )
+        # Marks tokens that the file holds as ordinary ones as special; those that it holds as
+        # special keep what else it says of them.
+        special = set(_special_tokens(library_tokenizer))
         library_tokenizer.add_special_tokens(
             [
                 tokenizers.AddedToken(token, normalized=False, special=True)
                 for token in tokens.values()
+                if ids[token] not in special
             ]
         )
         library_tokenizer.encode_special_tokens = True  # encode the strings of specials as text
-        ids = library_tokenizer.get_vocab(with_added_tokens=True)
-        super().__init__(
-            max(ids.values()) + 1, {name: ids[token] for name, token in tokens.items()}, tokens
-        )
         self._tokenizer = library_tokenizer
         # Special tokens without a purpose here are not to be forged or shown either.
-        self._string_of_special |= {
-            id_: token.content
-            for id_, token in library_tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
+        self._string_of_special |= _special_tokens(library_tokenizer)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    @functools.cached_property
+    def stripping(self) -> tuple[frozenset[int], frozenset[int]]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        special = [(id_, token) for id_, token in added if token.special]
+        return (
+            frozenset(id_ for id_, token in special if token.lstrip),
+            frozenset(id_ for id_, token in special if token.rstrip),
+        )
+
+    def encode_batch(self, texts: Sequence[str], place: Place = "start") -> list[list[int]]:
+        library_tokenizer = self._at(place)
+        encodings = library_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [encoding.ids for encoding in encodings]
         return [
-            ids if self._string_of_special.keys().isdisjoint(ids) else self._encode_split(text)
+            ids if self._string_of_special.keys().isdisjoint(ids) else self._split(text, place)
             for text, ids in zip(texts, batch, strict=True)
         ]
 
-    def _encode_split(self, text: str) -> list[int]:
+    def _split(self, text: str, place: Place) -> list[int]:
         """Encodes a text of which the model itself makes a special token (Unigram, WordPiece).
 
         The text is split inside the string that was taken for a special token.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._at(place).encode(text, add_special_tokens=False)
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if id_ in self._string_of_special and end - start > 1:
-                return self._encode_split(text[: start + 1]) + self._encode_split(text[start + 1 :])
+                before, after = text[: start + 1], text[start + 1 :]
+                return self._split(before, place) + self._split(after, "after_text")
         return [id_ for id_ in encoding.ids if id_ not in self._string_of_special]
+
+    def _at(self, place: Place) -> tokenizers.Tokenizer:
+        return self._tokenizer if place == "start" else self._within[place]
+
+    @functools.cached_property
+    def _within(self) -> dict[str, tokenizers.Tokenizer]:
+        """The library's tokenizers for texts that do not start an input.
+
+        There, "first" marks no word; and after other text no word is a first one.
+        """
+        content = json.loads(self._tokenizer.to_str())
+        after_special = _without_prefix(content, ("first",))
+        after_text = _without_prefix(content, ("first", "always"))
+        return {
+            "after_special": self._tokenizer if after_special == content else _made(after_special),
+            "after_text": self._tokenizer if after_text == content else _made(after_text),
+        }
 
     def _decode_ordinary(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -121,12 +161,13 @@ class JsonTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return self._token_bytes.copy()
 
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         return {TOKENIZER_FILE: self._tokenizer.to_str(pretty=True).encode()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickling forgets that specials are to be encoded as text.
-        return _from_string, (self._tokenizer.to_str(), self.special_tokens)
+        content = self._tokenizer.to_str()
+        return _unpickled, (content, self.special_tokens, self.eos_ids, self.published)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -160,59 +201,132 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(_not_empty(texts), trainer)
+    bpe.post_processor = start_with(SPECIAL_TOKENS["bos"], bpe)
     return JsonTokenizer(bpe, SPECIAL_TOKENS)
 
 
-def read_tokenizer_json(path: Path, tokens: dict[str, str] | None = None) -> JsonTokenizer:
-    """Reads a tokenizer.json.
+def start_with(token: str, library_tokenizer: tokenizers.Tokenizer) -> Any:
+    """The post-processor that puts a token before every text."""
+    id_ = library_tokenizer.token_to_id(token)
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, id_)]
+    )
 
-    `tokens` gives the string of each purpose; without it they come from tokenizer_config.json or
-    special_tokens_map.json beside the file, then from the names that published tokenizers use,
-    and a purpose that the tokenizer has no token for gets a new one past its vocabulary.
+
+def read_tokenizer_json(path: Path) -> JsonTokenizer:
+    """Reads a published tokenizer.json, and the files beside it for its special tokens.
+
+    Raises:
+      UserError: the file is no tokenizer, or has no token that ends a text.
+    """
+    return published_tokenizer(library_file(path), beside(path))
+
+
+def read_vocabulary(folder: Path) -> JsonTokenizer:
+    """Reads the vocab.json and merges.txt of a byte-level BPE in the manner of GPT-2.
+
+    Raises:
+      UserError: the files are no such tokenizer.
+    """
+    settings = beside(folder / VOCABULARY_FILES[0])
+    config = settings.read(TOKENIZER_CONFIG)
+    name = str(config.get("tokenizer_class") or "GPT2Tokenizer")
+    if name.removesuffix("Fast") != "GPT2Tokenizer":
+        raise UserError(
+            f"{folder} holds the vocabulary of a {name}, whose other parts no file says: add the "
+            f"{TOKENIZER_FILE} that transformers saves of it."
+        )
+    try:
+        model = models.BPE.from_file(*(str(folder / file) for file in VOCABULARY_FILES))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{folder} holds no vocabulary of byte-level BPE: {error}.") from error
+    bpe = tokenizers.Tokenizer(model)
+    space = bool(config.get("add_prefix_space"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    bpe.decoder = decoders.ByteLevel()
+    added = {int(id_): token for id_, token in config.get("added_tokens_decoder", {}).items()}
+    added = added or {id_: token for token, id_ in settings.read(ADDED_TOKENS).items()}
+    names = [content_of(added[id_]) for id_ in sorted(added)] or [END_OF_TEXT]
+    bpe.add_special_tokens([token for token in names if token != END_OF_TEXT or _has(bpe, token)])
+    if any(bpe.token_to_id(content_of(token)) != id_ for id_, token in added.items()):
+        raise UserError(f"the added tokens in {folder} do not follow on its vocab.json.")
+    bos = content_of(config.get("bos_token")) or END_OF_TEXT
+    if config.get("add_bos_token") and _has(bpe, bos):
+        bpe.post_processor = start_with(bos, bpe)
+    return published_tokenizer(bpe, settings)
+
+
+def published_tokenizer(
+    library_tokenizer: tokenizers.Tokenizer, settings: PublishedSettings
+) -> JsonTokenizer:
+    """A tokenizer with the special tokens that the files beside it name."""
+    added = library_tokenizer.get_added_tokens_decoder()
+    tokens = settings.tokens(
+        {token.content for token in added.values()},
+        library_tokenizer.token_to_id,
+        library_tokenizer.id_to_token,
+    )
+    return JsonTokenizer(library_tokenizer, tokens, settings.eos_ids(), settings.kept)
+
+
+def library_file(path: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a file.
 
     Raises:
       UserError: the file is no tokenizer.
     """
     try:
-        library_tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} cannot be read as a tokenizer.json: {error}.") from error
-    if tokens is None:
-        tokens = _special_tokens(library_tokenizer, path.parent)
-    return JsonTokenizer(library_tokenizer, tokens)
 
 
-def _from_string(content: str, tokens: dict[str, str]) -> JsonTokenizer:
-    return JsonTokenizer(tokenizers.Tokenizer.from_str(content), tokens)
+def _unpickled(content: str, *settings: Any) -> JsonTokenizer:
+    return JsonTokenizer(tokenizers.Tokenizer.from_str(content), *settings)
 
 
-def _special_tokens(library_tokenizer: tokenizers.Tokenizer, folder: Path) -> dict[str, str]:
-    added = {token.content for token in library_tokenizer.get_added_tokens_decoder().values()}
-    configs = [_json(folder / n) for n in ("tokenizer_config.json", "special_tokens_map.json")]
-    found: dict[str, str] = {}
-    for purpose, published in _PUBLISHED.items():
-        named = [_content(config.get(f"{purpose}_token")) for config in configs]
-        candidates = [token for token in named if library_tokenizer.token_to_id(token) is not None]
-        candidates += [token for token in published if token in added]
-        if candidates and candidates[0] not in found.values():
-            found[purpose] = candidates[0]
-    for purpose, token in SPECIAL_TOKENS.items():
-        while purpose not in found and token in found.values():
-            token = token.replace("|>", "_|>")
-        found.setdefault(purpose, token)
-    return found
+def _has(library_tokenizer: tokenizers.Tokenizer, token: str) -> bool:
+    return library_tokenizer.token_to_id(token) is not None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+def _special_tokens(library_tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
+    added = library_tokenizer.get_added_tokens_decoder().items()
+    return {id_: token.content for id_, token in added if token.special}
 
 
-def _content(token: Any) -> str:
-    """The string of a token, which the files write plainly or as an object."""
-    return (token["content"] if isinstance(token, dict) else token) or ""
+def _document_start(library_tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """The special tokens that the library puts before a text."""
+    encoding = library_tokenizer.encode("a", add_special_tokens=True)
+    marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [id_ for id_, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+
+
+def _without_prefix(part: Any, schemes: tuple[str, ...]) -> Any:
+    """A tokenizer's JSON whose parts put no space before a text where their scheme is of these."""
+    if isinstance(part, list):
+        return [_without_prefix(inner, schemes) for inner in part if not _prepends(inner, schemes)]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Metaspace" and part["prepend_scheme"] in schemes:
+        return part | {"prepend_scheme": "never"}
+    if part.get("type") == "ByteLevel" and "always" in schemes:
+        return part | {"add_prefix_space": False}
+    nested = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
+    changed = {name: _without_prefix(part[name], schemes) for name in nested if name in part}
+    if _prepends(part.get("normalizer"), schemes):
+        changed["normalizer"] = None
+    return part | changed
+
+
+def _prepends(part: Any, schemes: tuple[str, ...]) -> bool:
+    """Whether this is a normalizer that puts something before every text."""
+    return isinstance(part, dict) and part.get("type") == "Prepend" and "always" in schemes
+
+
+def _made(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    made.encode_special_tokens = True
+    return made
 
 
 def _types(decoder: Any) -> set[str]:

@@ -175,13 +175,18 @@ def stream(
 
 
 def document_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text to continue; an empty one is the start of a document."""
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    """The tokens of a text to continue, as a document of the training corpus begins.
+
+    An empty text where documents begin with nothing is continued after bos, or after eos where the
+    tokenizer has no bos: something must stand before the first token.
+    """
+    return [*tokenizer.document_start, *tokenizer.encode(text)] or [tokenizer.bos_id]
 
 
 def document_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens with which a text or a turn ends."""
-    return tokenizer.eos_id, tokenizer.special_ids["end_of_turn"]
+    end_of_turn = tokenizer.special_ids.get("end_of_turn", tokenizer.eos_id)
+    return tuple(dict.fromkeys((*tokenizer.eos_ids, end_of_turn)))
 
 
 def sample_text(

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.interop import names
-from llm_jax.interop.family import GATED, LAYER_TYPES, LLAMA_KEYS, PLAIN, Family, Json
+from llm_jax.interop.family import LAYER_TYPES, LLAMA_KEYS, PLAIN, Family, Json
 from llm_jax.models.config import LayerKind, ModelConfig
 
 
@@ -24,7 +24,8 @@ def _listed(written: Json) -> list[LayerKind] | None:
 
 
 def _every_layer(written: Json, layers: int) -> list[LayerKind]:
-    return _listed(written) or ["local"] * layers
+    del written
+    return ["local"] * layers
 
 
 def _last_layers(written: Json, layers: int) -> list[LayerKind]:
@@ -57,6 +58,9 @@ _GEMMA_CAPS = {
     "attention_soft_cap": "attn_logit_softcapping",
     "logits_soft_cap": "final_logit_softcapping",
 }
+_GEMMA_ACTIVATIONS = ("hidden_activation", {"gelu_pytorch_tanh": "geglu"})
+_GEMMA_WINDOWS = ("sliding_window", "layer_types", "sliding_window_pattern")
+_QWEN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _UNTIED = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 _ALL = (
@@ -91,6 +95,7 @@ _ALL = (
         settings={"attention_bias": "qkv"},
         defaults=_UNTIED,
         windows=_last_layers,
+        window_keys=_QWEN_WINDOWS,
     ),
     Family(
         "qwen3",
@@ -99,6 +104,7 @@ _ALL = (
         settings={"qk_norm": "head"},
         defaults={**_UNTIED, "head_dim": 128},
         windows=_last_layers,
+        window_keys=_QWEN_WINDOWS,
         biases={False: "none", True: "all"},
     ),
     Family(
@@ -109,6 +115,7 @@ _ALL = (
         defaults={**_UNTIED, "norm_topk_prob": False, "num_experts_per_tok": 8},
         refused={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
         windows=_all_or_none,
+        window_keys=_QWEN_WINDOWS[:2],
         biases={False: "none", True: "all"},
         experts=("num_experts", "moe_intermediate_size"),
     ),
@@ -130,8 +137,9 @@ _ALL = (
         keys={**LLAMA_KEYS, **_GEMMA_CAPS},
         defaults={**_GEMMA_DEFAULTS, "query_pre_attn_scalar": 256, "sliding_window": 4096},
         refused=_GEMMA_REFUSED,
-        activations=("hidden_activation", GATED),
+        activations=_GEMMA_ACTIVATIONS,
         windows=_all_but_one_in(2),
+        window_keys=_GEMMA_WINDOWS[:2],
     ),
     Family(
         "gemma3_text",
@@ -153,8 +161,9 @@ _ALL = (
             "sliding_window": 4096,
         },
         refused=_GEMMA_REFUSED,
-        activations=("hidden_activation", GATED),
+        activations=_GEMMA_ACTIVATIONS,
         windows=_all_but_one_in(6),
+        window_keys=_GEMMA_WINDOWS,
         theta=1e6,
         local_theta=1e4,
         prefixes=("model.", "language_model.model.", "model.language_model."),
@@ -300,7 +309,7 @@ def architecture(model: ModelConfig) -> ModelConfig:
     if model.moe is not None:
         free["moe"] = dataclasses.replace(model.moe, capacity_factor=None)
     model = dataclasses.replace(model, **free)
-    heads = {"head_dim": model.resolved_head_dim, "num_kv_heads": model.kv_heads}
+    heads: dict[str, Any] = {"head_dim": model.resolved_head_dim, "num_kv_heads": model.kv_heads}
     return dataclasses.replace(model, **heads)
 
 

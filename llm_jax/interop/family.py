@@ -7,6 +7,7 @@ and a table of tensor names.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,14 +47,16 @@ class Family:
     settings: fields of `ModelConfig` that all its models have alike.
     keys: other fields by the name of their key. defaults: values of keys that are absent.
     refused: keys with the values that are understood, for switches that our transformer lacks.
-    activations: key and meanings. windows: (config.json, layers) → kind of each layer, None for a
-      family without windows. theta, local_theta, fraction: of RoPE where no key says. Without a
-      local base all layers have the same RoPE, without a fraction all dimensions are rotated.
+    activations: key and meanings.
+    windows: (config.json, layers) → kind of each layer, None for a family without windows.
+    window_keys: what is written of them.
+    theta, local_theta, fraction: of RoPE where no key says. Without a local base all layers have
+      the same RoPE, without a fraction all dimensions are rotated.
     biases: where attention has them by a key "attention_bias", otherwise by `settings`.
-    experts: the key of their number and that of their width. mlp_ratio: the MLP's width over the
-      embedding's, where no key need say it. prefixes: what may stand before the
-      tensors' names; the first is written. ignored: tensors that carry no parameter, as regular
-      expressions.
+    experts: the key of their number and that of their width.
+    mlp_ratio: the MLP's width over the embedding's, where no key need say it.
+    prefixes: what may stand before the tensors' names; the first is written.
+    ignored: tensors that carry no parameter, as regular expressions.
     """
 
     model_type: str
@@ -65,6 +68,7 @@ class Family:
     refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     activations: tuple[str, Mapping[str, str]] = ("hidden_act", GATED)
     windows: Callable[[Json, int], list[LayerKind]] | None = None
+    window_keys: tuple[str, ...] = ("sliding_window",)
     theta: float = 10_000.0
     local_theta: float | None = None
     fraction: float | None = None
@@ -73,6 +77,13 @@ class Family:
     mlp_ratio: int | None = None
     prefixes: tuple[str, ...] = ("model.",)
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    @property
+    def classifier(self) -> str:
+        """The architecture with a head of labels instead of the output projection."""
+        name = re.sub("ForCausalLM|LMHeadModel", "", self.architecture)
+        text = "Text" if self.model_type.endswith("_text") else ""
+        return f"{name}{text}ForSequenceClassification"
 
     def read(self, config: Json) -> ModelConfig:
         """The architecture that a config.json describes.
@@ -147,7 +158,7 @@ class Family:
         if self.biases:
             config["attention_bias"] = model.attention_bias == self.biases[True]
         if self.windows is not None:
-            config |= _written_windows(model)
+            config |= {key: _written_windows(model)[key] for key in self.window_keys}
         if self.experts is not None and model.moe is not None:
             number, width = self.experts
             config |= {

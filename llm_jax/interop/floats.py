@@ -1,7 +1,7 @@
 """Casts between float32 and the narrow floats that leave every bit that fits as it is.
 
-The casts of numpy and ml_dtypes make one NaN of all; a NaN keeps its sign and payload here, so that
-what is read and written in one dtype comes out byte for byte.
+Casts to a narrow float may make one NaN of all; here a NaN keeps its sign and payload, so that what
+is read and written in one dtype comes out byte for byte.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ FLOAT16 = np.dtype(np.float16)
 
 def widen(x: np.ndarray) -> np.ndarray:
     """float32 of an array of float32, bfloat16 or float16: exact, NaNs included."""
-    if x.dtype == BFLOAT16:  # the upper half of a float32
-        bits = x.view(np.uint16).astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
     wide = x.astype(np.float32, copy=False)
+    # Processors that convert float16 themselves may make a signalling NaN quiet.
     if x.dtype == FLOAT16 and (nan := np.isnan(x)).any():
         bits = x[nan].view(np.uint16).astype(np.uint32)
         wide.view(np.uint32)[nan] = (bits & 0x8000) << 16 | 0x7F800000 | (bits & 0x3FF) << 13

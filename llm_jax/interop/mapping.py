@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -57,9 +58,12 @@ def _pieces(
         lead = (place,) if is_stacked else ()
         for expert in range(experts):
             sizes = {**_sizes(model), "e": expert}
-            yield from _cut(entries, sizes, lead, lambda tensor, layer=layer, expert=expert: (
-                tensor if tensor in HEADS else prefix + tensor.format(layer=layer, expert=expert)
-            ))  # fmt: skip
+            where = {"layer": layer, "expert": expert}
+            yield from _cut(entries, sizes, lead, functools.partial(_full_name, prefix, where))
+
+
+def _full_name(prefix: str, where: Mapping[str, int], tensor: str) -> str:
+    return tensor if tensor in HEADS else prefix + tensor.format(**where)
 
 
 def _place(model: ModelConfig, path: tuple[str, ...]) -> tuple[str, Sequence[int], bool]:

@@ -42,6 +42,7 @@ class StoredTensor:
 
 class TensorFolder:
     """The tensors of a folder: of the files that an index names, of model.safetensors, or of all.
+    The path of a file stands for that file alone.
 
     Raises:
       UserError: no such files, one is missing, damaged or cut short, or two hold the same tensor.
@@ -102,6 +103,8 @@ class TensorFolder:
 
 
 def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     if (folder / INDEX).exists():
         files = [folder / name for name in sorted(set(_read_index(folder).values()))]
         for file in files:

@@ -153,7 +153,7 @@ class MixtureOfExperts(nn.Module):
 
         On a mesh the tokens of all shards of the expert axis come together on each of them, which
         computes what is meant for its own experts; the sums go back to where the tokens are at
-        home. Rows whose expert is elsewhere take memory but no time.
+        home. Rows whose expert is elsewhere take memory, but no time in the products.
         """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:

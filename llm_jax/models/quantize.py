@@ -102,6 +102,16 @@ def dequantise(kernel: Any) -> jax.Array:
     return one(kernel.codes, jax.lax.stop_gradient(kernel.scales))
 
 
+def dequantise_all(base: Any) -> Any:
+    """The tree with every kernel in float32: the inverse of `quantize`, up to its rounding."""
+
+    def replaced(where: str, layout: Layout, projection: Mapping[str, Any]) -> Any:
+        del where, layout
+        return {**projection, "kernel": dequantise(projection["kernel"])}
+
+    return map_projections(replaced, base)
+
+
 def kernel_product(x: jax.Array, kernel: Any, dtype: Any, contracted: int) -> jax.Array:
     """`product` with a kernel that may be `Quantized`: float32 [..., F...].
 

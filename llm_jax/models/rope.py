@@ -29,7 +29,8 @@ class RopeConfig:
 
     The angles of dynamic and longrope depend on the length of the row that is read, past
     `original_length`: that of the row without a cache, its padding included; with a cache the
-    tokens held. Keys in a cache keep the angle that they came with.
+    tokens held. Keys in a cache keep the angle that they came with, so a row that grows past
+    `original_length` while it is generated differs a little from one that is read at once.
     """
 
     theta: float = 10_000.0  # base: the slowest pair turns once in about 2π·theta positions

@@ -247,7 +247,8 @@ class Transformer(nn.Module):
             assert row.query_segment_ids is not None
             grown = jnp.sum(row.query_segment_ids != 0, axis=1, dtype=jnp.int32)
             cache = dataclasses.replace(cache, layers=caches, lengths=cache.lengths + grown)
-        return x_BTD, cache, None if config.moe is None else functools.reduce(operator.add, routings)
+        routing = None if config.moe is None else functools.reduce(operator.add, routings)
+        return x_BTD, cache, routing
 
 
 class LanguageModel:
@@ -335,7 +336,8 @@ def _row(
     cache: KVCache | None,
 ) -> tuple[Row, jax.Array, Any]:
     """The layers' shared inputs, positions, and the cache with the new tokens' segment ids."""
-    before, held = None, tokens_BT.shape[1]
+    before: jax.Array | None = None
+    held: jax.Array | int = tokens_BT.shape[1]
     key_segment_ids_BS = segment_ids_BT
     if cache is not None:
         before = cache.lengths

@@ -23,7 +23,12 @@ from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
-from llm_jax.models.size import adapter_count, flops_per_token, parameter_count
+from llm_jax.models.size import (
+    active_parameter_count,
+    adapter_count,
+    flops_per_token,
+    parameter_count,
+)
 from llm_jax.step import micro_batches
 from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
 from llm_jax.trainers.origin import Origin, Weights, decide_weights
@@ -79,9 +84,11 @@ class Foundation:
         if batch is not None and (batch < 1 or batch % shards):
             raise UserError(
                 f"config.evaluation.batch={batch} must be a positive multiple of the mesh's "
-                f"{shards} batch shards (data x fsdp)."
+                f"{shards} batch shards (data x fsdp x expert)."
             )
         trained = f"{parameter_count(self.model):,} parameters"
+        if self.model.moe is not None:
+            trained += f" ({active_parameter_count(self.model):,} of them active)"
         if self.model.lora is not None:
             trained = f"{adapter_count(self.model):,} parameters in adapters of {trained}"
         self.log(

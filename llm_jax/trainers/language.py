@@ -12,7 +12,7 @@ from llm_jax.data.packing import DocumentRows, Rows
 from llm_jax.data.phases import Phase
 from llm_jax.data.store import TokenStore
 from llm_jax.evals.perplexity import evaluate_perplexity
-from llm_jax.generation.generate import sample_text
+from llm_jax.generation.generate import document_prompt, sample_text
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel
 from llm_jax.models.size import flops_per_token
@@ -92,7 +92,7 @@ def sample_of_prompt(foundation: Foundation, prompt: str) -> Any:
     settings = foundation.config.sample
     if not settings.max_new_tokens:
         return None
-    foundation.check_sample(len(foundation.tokenizer.encode(prompt)) + 1)
+    foundation.check_sample(len(document_prompt(foundation.tokenizer, prompt)))
 
     def sample(model: LanguageModel, params: Any) -> str:
         return sample_text(

@@ -60,13 +60,7 @@ class Origin:
                 f"{stored.path} is a model with {', '.join(sorted(lost))}, and stage "
                 f"{config.trainer!r} has no use for that: start from the run that it was made from."
             )
-        before = {
-            "stage": stored.meta["stage"],
-            "run": str(stored.path),
-            "step": stored.step,
-            "config": stored.digest,
-        }
-        return Origin(stored, is_own=False, lineage=(*stored.meta["lineage"], before))
+        return Origin(stored, is_own=False, lineage=stored.lineage)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -129,8 +123,8 @@ def decide_weights(
 def _check_adapters(config: Any, origin: Origin | None) -> None:
     if origin is None:
         raise UserError(
-            "config.model.lora adapts a trained model: name its run by config.init_from or its folder "
-            "by config.init_from_hf, or leave config.model.lora out."
+            "config.model.lora adapts a trained model: name its run by config.init_from or its "
+            "folder by config.init_from_hf, or leave config.model.lora out."
         )
     if config.optimizer.name == "muon":
         raise UserError(

@@ -63,6 +63,27 @@ def facts_in(text):
     return NEEDLE.findall(text)
 
 
+def test_a_row_begins_as_a_document_does():
+    tokenizer = ByteTokenizer()
+    store = Store(tokenizer, [TEXT])
+    tokenizer.document_start = ()
+    for length in (64, 65, 128):
+        row = NeedleRows(tokenizer, store, length, 0, 10)[3]
+        assert row.tokens.shape == row.loss_weights.shape == (length,)
+        assert row.tokens[0] < 256 and row.loss_weights.sum() > 0
+        assert len(facts_in(decoded(tokenizer, row))) >= 2
+    shortest = _shortest(tokenizer, store)
+    tokenizer.document_start = (tokenizer.bos_id,)
+    assert _shortest(tokenizer, store) == shortest + 1
+
+
+def _shortest(tokenizer, store):
+    """The least length of a row."""
+    with pytest.raises(UserError, match=r"need length \d+") as caught:
+        NeedleRows(tokenizer, store, 2, 0, 10)
+    return int(re.search(r"need length (\d+)", str(caught.value))[1])
+
+
 def test_a_row_has_exactly_its_length_and_nothing_but_real_pairs(setting):
     for length in (128, 200, 513):
         row = NeedleRows(setting.tokenizer, setting.store, length, 0, 10)[3]

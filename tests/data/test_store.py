@@ -135,12 +135,21 @@ def test_fingerprints_are_those_of_the_content(source, cache, tmp_path):
     assert built[0].fingerprint != built[1].fingerprint
 
 
+def test_a_document_begins_as_is_the_tokenizers_convention(tmp_path, cache):
+    tokenizer = type(BYTES)()
+    tokenizer.document_start = ()
+    stores = build(write(tmp_path / "a.jsonl", TEXTS), cache, tokenizer)
+    documents = [s.document(i).tolist() for s in stores.values() for i in range(len(s))]
+    assert sorted(documents) == sorted([*text.encode(), tokenizer.eos_id] for text in TEXTS)
+
+
 class Silent(type(BYTES)):
     """A tokenizer whose bos and eos look like text, so that boundaries show in offsets alone."""
 
     def __init__(self):
         super().__init__()
-        self.bos_id = self.eos_id = ord("a")
+        self.eos_id = ord("a")
+        self.document_start = (ord("a"),)
 
 
 HELD_OUT = next(t for t in (f"held out {i}" for i in range(1000)) if is_validation(t, FRACTION))

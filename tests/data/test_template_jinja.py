@@ -348,7 +348,7 @@ def test_what_templates_expect_is_there(tokenizer):
     )
     tokens = template(source).render_prompt((), (), tokenizer)
     text = tokenizer.decode(tokens, skip_special=False)
-    assert text == '4{"é": "<&>"}[\n 1\n]1True</s><|pad|>'
+    assert text == '4{"é": "<&>"}[\n 1\n]1True</s>'
 
 
 @pytest.mark.parametrize(

@@ -257,13 +257,17 @@ def test_a_batch_is_rendered_like_its_conversations(tokenizers, name):
         assert TEMPLATES[name].render_batch(iter(batch), tokenizer) == one_by_one
 
 
-def test_a_batch_calls_the_tokenizer_once(tokenizers, monkeypatch):
+def test_a_batch_calls_the_tokenizer_once_for_each_place_of_texts(monkeypatch):
     tokenizer = ByteTokenizer()
     calls = []
-    encode = tokenizer.encode_batch
-    monkeypatch.setattr(tokenizer, "encode_batch", lambda t: calls.append(len(t)) or encode(t))
+
+    def encode(texts, place):
+        calls.append((len(texts), place))
+        return ByteTokenizer.encode_batch(tokenizer, texts, place)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", encode)
     TEMPLATES["llama2"].render_batch([CHAT] * 100, tokenizer)
-    assert calls == [4]  # equal texts are encoded once
+    assert calls == [(2, "after_special"), (2, "after_text")]  # equal texts are encoded once
 
 
 @pytest.mark.parametrize(
@@ -292,7 +296,7 @@ def test_each_special_token_is_found_by_its_string(tokenizers):
     assert tokenizers["bytes"].special_id("<|im_end|>") is None
     published = tokenizers["published"]
     assert published.special_id("<|start_header_id|>") == PUBLISHED.index("<|start_header_id|>")
-    assert published.special_id("<|pad|>") == published.pad_id
+    assert published.special_id("<|pad|>") is None and published.pad_id == published.eos_id
     assert published.special_id("a") is None
 
 

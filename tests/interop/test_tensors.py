@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +194,8 @@ def test_no_more_is_read_than_the_rows_of_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 4 * D * H)
     fused = next(leaf for leaf in LEAVES if leaf.path[-1] == "fused")
     box = ((2, 3), (0, D), (1, 2), (0, G + 1), (0, H))  # layer 2, second head: queries and keys
-    tensors_module.read(folder, fused, box)
+    part = tensors_module.read(folder, fused, box)
+    assert part.ctypes.data % 64 == 0  # what a CPU device asks of memory that it takes as it is
     name, keys = "layers.2.qkv.weight", K * G * H
     assert read == [(name, 8, 12), (name, 12, 16), (name, keys + H, keys + 2 * H)]
 
@@ -237,6 +239,15 @@ def test_a_checkpoint_is_streamed_into_a_run(tmp_path, monkeypatch):
     assert checkpoint.read_meta(tmp_path / "run", 0) == {"stage": "import"}
 
 
+def test_a_large_model_is_streamed_in_few_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors_module, "PART_BYTES", 1)
+    folder = TensorFolder(save(tmp_path, make_tensors(np.float32)))
+    parts = sum(len(list(leaf.boxes())) for leaf in jax.tree.leaves(deferred(folder, LEAVES)))
+    monkeypatch.setattr(tensors_module, "MAX_PARTS", 16)
+    fewer = sum(len(list(leaf.boxes())) for leaf in jax.tree.leaves(deferred(folder, LEAVES)))
+    assert fewer < 40 < parts
+
+
 # --- casts ----------------------------------------------------------------------------------------
 
 
@@ -276,6 +287,13 @@ def test_weights_that_exist_are_not_overwritten(tmp_path):
         UserError, match=r"model\.safetensors exists: give a folder without weights"
     ):
         write(tmp_path, LEAVES, params, np.float32)
+
+
+def test_parameters_that_other_processes_hold_are_not_exported(tmp_path):
+    leaf = Leaf(("x",), (D,), (piece("x", "D", "D", (0,)),))
+    elsewhere = mock.Mock(is_fully_addressable=False)
+    with pytest.raises(UserError, match="export with one"):
+        write(tmp_path, [leaf], {"x": elsewhere}, np.float32)
 
 
 # --- bad folders ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from llm_jax.models import grouped
 from llm_jax.models.grouped import grouped_product
 
 # The sum is the number of rows or less; blocks are smaller than some groups and larger than others.
-SIZES = [(0, 3, 150, 0, 47), (70, 0, 0, 1, 64), (0, 0, 0, 0, 0), (200, 0, 0, 0, 0)]
+SIZES = [(0, 3, 150, 0, 47), (70, 0, 0, 1, 60), (0, 0, 0, 0, 0), (200, 0, 0, 0, 0)]
 ROWS, C = 200, 6
 
 

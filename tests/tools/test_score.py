@@ -1,12 +1,14 @@
 """tools.score: what is scored, in which order, and what bad input gets."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from llm_jax.data.tokenizer_base import ByteTokenizer
+from llm_jax.errors import UserError
 from llm_jax.models.heads import REWARD
 from tools import score
 from tools.cli import run_tool
@@ -80,6 +82,21 @@ def test_an_exchange_is_a_turn_of_each_with_one(tmp_path, save_run, tool, logpro
     ids = [BOS, USER, *BYTES.encode("ab"), END, ASSISTANT, *BYTES.encode("cd"), END]
     for row in found:
         check(row, [*BYTES.encode("cd"), END], logprobs(ids)[-3:])
+
+
+def test_without_bos_the_first_token_of_a_text_is_context():
+    tokenizer = ByteTokenizer()
+    tokenizer.document_start = ()
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=320, max_length=64))
+    run = types.SimpleNamespace(tokenizer=tokenizer, model=model, meta={})
+    whole = score.encode(run, {"text": "abc"}, "here")
+    assert (whole.tokens, whole.scored) == ([97, 98, 99], [False, True, True])
+    rest = score.encode(run, {"prompt": "a", "completion": "bc"}, "here")
+    assert (rest.tokens, rest.scored) == ([97, 98, 99], [False, True, True])
+    alone = score.encode(run, {"prompt": "", "completion": "bc"}, "here")
+    assert (alone.tokens, alone.scored) == ([BOS, 98, 99], [False, True, True])
+    with pytest.raises(UserError, match="here: 1 tokens, and the model reads 2"):
+        score.encode(run, {"text": "a"}, "here")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Hugging Face folders into runs and back."""

@@ -1,0 +1,74 @@
+"""Shows what every chip of a mesh would hold of a model: shapes, partitions, bytes; no weights, no
+devices.
+
+    python -m tools.convert plan --preset=llama3.1-8b --mesh=fsdp=8
+    python -m tools.convert plan --hf=DIR --mesh=fsdp=64,tensor=4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from absl import flags
+
+from llm_jax.errors import UserError, did_you_mean
+
+if typing.TYPE_CHECKING:
+    from llm_jax.models import ModelConfig
+    from llm_jax.sharding import MeshConfig
+
+
+def define_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string("preset", None, "a model by name, such as gpt2", flag_values=values)
+    flags.DEFINE_string("hf", None, "or a folder with a config.json", flag_values=values)
+    flags.DEFINE_string(
+        "mesh", "fsdp=1", "chips along each axis, such as fsdp=64,tensor=4", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "scan_layers", True, "layers stacked, as large models train", flag_values=values
+    )
+    return values
+
+
+def main(values: flags.FlagValues) -> None:
+    from llm_jax.interop.plan import plan
+
+    print(plan(_model(values), _mesh(values.mesh)).table())
+
+
+def _model(values: flags.FlagValues) -> ModelConfig:
+    if (values.preset is None) == (values.hf is None):
+        raise UserError("name a model by --preset=NAME or by --hf=DIR.")
+    if values.hf is not None:
+        from llm_jax.interop.folder import open_folder
+
+        return open_folder(values.hf, values.scan_layers).model
+    from llm_jax.models.presets import PRESETS
+
+    if values.preset not in PRESETS:
+        raise UserError(
+            f"--preset={values.preset} is unknown.{did_you_mean(values.preset, PRESETS)}"
+        )
+    model = PRESETS[values.preset]
+    if model.vocab_size is None:
+        raise UserError(f"--preset={values.preset} has no vocabulary of its own: name another.")
+    whole = model.num_layers % len(model.windows) == 0
+    return dataclasses.replace(model, scan_layers=values.scan_layers and whole)
+
+
+def _mesh(text: str) -> MeshConfig:
+    from llm_jax.sharding import MeshConfig
+
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = dict.fromkeys(names, 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in names or not size.isdigit():
+            raise UserError(
+                f"--mesh: {part!r} is not understood: give AXIS=SIZE with an axis of "
+                f"{', '.join(names)}."
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
