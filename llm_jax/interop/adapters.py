@@ -17,6 +17,7 @@ from llm_jax.interop.family import Family
 from llm_jax.interop.importer import DISK_MEND, STEP, finish
 from llm_jax.interop.peft import read_adapters, write_adapters
 from llm_jax.models import lora
+from llm_jax.models.heads import REWARD
 from llm_jax.runs import check_new
 from llm_jax.stored import Base, Stored, find
 
@@ -45,6 +46,7 @@ def import_adapters(path: str | Path, base: str, workdir: str | Path) -> None:
             "model": resolved(dataclasses.replace(stored.model, lora=settings)),
             "base": resolved(Base(str(stored.path), stored.step, identity)),
             "lineage": list(stored.lineage),
+            "heads": [REWARD] if REWARD in adapters else [],
         }
         if stored.has_tokenizer:
             stored.tokenizer().save(workdir / "tokenizer")
@@ -68,9 +70,13 @@ def export_adapters(stored: Stored, mesh: Mesh, folder: str | Path, dtype: str) 
     if settings is None:
         raise UserError(f"{stored.name} has no adapters: leave --adapters out.")
     with jax.set_mesh(mesh):
-        adapters, _ = lora.split(stored.read(mesh))
+        weights = stored.read(mesh)
+    adapters, _ = lora.split(weights)
+    if REWARD in weights:
+        adapters[REWARD] = weights[REWARD]
     model = dataclasses.replace(stored.model, lora=None)
-    base = stored.meta["base"]["run"]
+    # The folder that the base came from, which peft can load, as it cannot a run.
+    base = stored.meta.get("published", {}).get("folder", stored.meta["base"]["run"])
     with disk_errors(folder, "Name another --hf."):
         write_adapters(adapters, settings, model, _family(stored), folder, base, dtype)
 

@@ -99,6 +99,7 @@ class PublishedFolder:
             "lineage": [],
             "heads": list(self.heads),
             "published": {
+                "folder": str(self.path.absolute()),
                 "config": dict(self.config),
                 "dtype": self.dtype,
                 "generation": _read_json(self.path / GENERATION_FILE, optional=True),

@@ -186,6 +186,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             "it has changed the base; save the adapters anew with save_pretrained(DIR, "
             "path_initial_model_for_weight_conversion=START)",
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or ():
+            try:
+                re.compile(pattern)
+            except re.error:
+                refuse(key, f"{pattern!r} is no regular expression")
     if set(config.get("modules_to_save") or ()) - {"score", "classifier"}:
         refuse("modules_to_save", "only 'score' is; import the merged model")
     for key in sorted(config.keys() - _READ - _WITHOUT_EFFECT):

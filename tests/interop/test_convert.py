@@ -11,8 +11,10 @@ import pytest
 from llm_jax import config as config_module
 from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
+from llm_jax.data.preferences import PreferenceDataConfig
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import is_published, open_folder
+from llm_jax.interop.safetensors_files import TensorFolder
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
@@ -22,6 +24,7 @@ from llm_jax.runs import load_run
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.stored import find
 from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.reward import RewardConfig
 from llm_jax.trainers.sft import SFTConfig, SFTEvaluationConfig
 from tools.convert.__main__ import main
 
@@ -220,6 +223,64 @@ def test_adapters_on_a_folder_find_their_base_again(published, chats, run_on, tm
     assert np.abs(new - old).max() > 0
     merged = dequantise_all(stored.read_merged(mesh)[0])
     same(open_folder(tmp_path / "merged", scan_layers=True).load(mesh), merged)
+
+
+def test_peft_adapters_come_and_go(tmp_path, mesh):
+    golden = FOLDERS.parent / "peft" / "llama_lora"
+    convert("import", f"--hf={FOLDERS / 'llama'}", f"--workdir={tmp_path / 'base'}")
+    convert("import", f"--hf={golden}", f"--base={tmp_path / 'base'}",
+            f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    stored = find(str(tmp_path / "run"))
+    assert stored.model.lora.rank == 4 and stored.heads == ()
+    assert [stage["run"] for stage in stored.meta["lineage"]] == [str(tmp_path / "base")]
+    convert("export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'back'}", "--adapters")
+    tensors = (
+        TensorFolder(folder / "adapter_model.safetensors") for folder in (golden, tmp_path / "back")
+    )
+    first, second = ({n: t.rows(n, 0, x.shape[0]) for n, x in t.tensors.items()} for t in tensors)
+    same(first, second)
+    settings = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(FOLDERS / "llama")
+    # Folded in, they give peft's logits.
+    convert("export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'merged'}")
+    expected, inputs = np.load(golden / "expected.npz"), np.load(FOLDERS / "llama" / "expected.npz")
+    run = load_run(str(tmp_path / "merged"))
+    names = ("input_ids", "position_ids", "attention_mask")
+    with jax.default_matmul_precision("highest"):
+        hidden, _ = run.model.apply(run.params, *(inputs[name] for name in names))
+        logits = np.asarray(run.model.logits(run.params, hidden))
+    real = inputs["attention_mask"] > 0
+    np.testing.assert_allclose(logits[real], expected["logits"][real], atol=1e-4, rtol=0)
+
+
+def test_adapters_of_a_reward_model_take_its_head_along(tmp_path, mesh, published, run_on):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"ask {i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(20)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config_module.defaults(
+        RewardConfig,
+        init_from_hf=str(published),
+        model=ModelConfig(lora=LoraConfig(rank=2)),
+        data=PreferenceDataConfig(source=str(pairs), validation_fraction=0.2),
+        phases=(PhaseConfig(length=48, batch=4, steps=2),),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant"),
+        metrics=MetricsConfig(every=1, tensorboard=False),
+        sample=SampleConfig(max_new_tokens=0),
+    )
+    assert run_on(1, settings, tmp_path / "reward") == 0
+    stored = find(str(tmp_path / "reward"))
+    convert("export", f"--workdir={tmp_path / 'reward'}", f"--hf={tmp_path / 'peft'}", "--adapters")
+    convert("import", f"--hf={tmp_path / 'peft'}", f"--base={published}",
+            f"--workdir={tmp_path / 'back'}")  # fmt: skip
+    back = find(str(tmp_path / "back"))
+    assert back.heads == ("reward_head",)
+    same(back.read(mesh), stored.read(mesh))
+    # Whole, it is a classifier.
+    convert("export", f"--workdir={tmp_path / 'reward'}", f"--hf={tmp_path / 'whole'}")
+    whole = open_folder(tmp_path / "whole")
+    assert whole.config["architectures"] == ["Qwen3ForSequenceClassification"]
+    merged, _ = stored.read_merged(mesh)
+    same(whole.load(mesh)["reward_head"], merged["reward_head"])
 
 
 def leaf_of(tree, path):
