@@ -114,7 +114,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
         "seconds": round(outcome.seconds, 3),
         **{key: value for key, value in measured.items() if value is not None},
         "metrics": outcome.metrics,
-        "parent": config.init_from,
+        "parent": config.init_from_hf or config.init_from,
         "lineage": list(trainer.lineage),
         "hashes": {
             "config": digest(binding(resolved(config))),

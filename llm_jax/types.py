@@ -52,6 +52,29 @@ class PreferenceBatch:
 
 
 @flax.struct.dataclass
+class RolloutBatch:
+    """Sampled completions, one a row, to train a policy on.
+
+    sequences: a Batch of [batch, time]: prompt, completion, padding at the right; loss_weights are
+      1 where the target is a token of the completion, its end included. A row that is not to be
+      trained on (no reward was had for it) has weight 0 throughout.
+    old_logprobs: float32 [batch, time], of each such target when it was sampled, at the sampling
+      temperature and before its filters; 0 elsewhere, as in the following.
+    advantages: float32 [batch, time], how much better than expected the target was.
+    reference_logprobs: float32 [batch, time], under the reference model; None without one.
+    values, returns: float32 [batch, time], what the critic expected before each target, and what it
+      is to expect; None without a critic.
+    """
+
+    sequences: Batch
+    old_logprobs: Array
+    advantages: Array
+    reference_logprobs: Array | None = None
+    values: Array | None = None
+    returns: Array | None = None
+
+
+@flax.struct.dataclass
 class Mean:
     """A mean that is not divided yet, so that sums over micro-batches and devices stay exact.
 

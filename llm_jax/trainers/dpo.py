@@ -68,10 +68,10 @@ def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
 
 
 def _check(config: DPOConfig, variant: dpo.Variant) -> None:
-    if variant.needs_reference and config.init_from is None:
+    if variant.needs_reference and config.init_from is None and config.init_from_hf is None:
         raise UserError(
             f"config.loss.variant={config.loss.variant!r} compares with the model that it starts "
-            "from: name its run by config.init_from."
+            "from: name its run by config.init_from, or its folder by config.init_from_hf."
         )
     if config.loss.reference == "adapter_off" and not variant.needs_reference:
         raise UserError(

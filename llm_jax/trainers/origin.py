@@ -51,6 +51,10 @@ class Origin:
                 )
             stored = at(config.init_from_hf, 0, config.model.scan_layers)
         elif config.init_from is not None:
+            if is_published(config.init_from):
+                raise UserError(
+                    f"{config.init_from} is a Hugging Face folder: name it by config.init_from_hf."
+                )
             stored = at(*checkpoint.locate(config.init_from))
         else:
             return None

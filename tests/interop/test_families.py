@@ -228,7 +228,7 @@ def test_what_is_not_understood_is_one_clear_line(name, keys, message, changed):
     ("keys", "message"),
     [
         ({"intermediate_size": 56}, r"down_proj\.weight .* is \[32, 48\].* makes it \[32, 56\]"),
-        ({"num_hidden_layers": 1}, r"holds the tensor model\.layers\.1\..* no place \(and 8 more\)"),
+        ({"num_hidden_layers": 1}, r"the tensor model\.layers\.1\..* no place \(and 8 more\)"),
         ({"num_hidden_layers": 3}, r"lacks the tensor model\.layers\.2\."),
         ({"attention_bias": True}, r"lacks the tensor model\.layers\.0\.self_attn\.\w+\.bias"),
     ],

@@ -19,7 +19,13 @@ from llm_jax.models import (
 from llm_jax.sharding import MeshConfig, make_mesh, parameter_shardings, unbox
 
 CONFIG = ModelConfig(
-    vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48, qk_norm="head"
+    vocab_size=61,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    qk_norm="head",
 )
 
 
