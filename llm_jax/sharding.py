@@ -158,7 +158,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("activation_batch",)))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways the batch dimension is split; every batch must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in RULES["activation_batch"])
 

@@ -64,6 +64,7 @@ class RolloutBatch:
     reference_logprobs: float32 [batch, time], under the reference model; None without one.
     values, returns: float32 [batch, time], what the critic expected before each target, and what it
       is to expect; None without a critic.
+    pretraining: as many rows of text as there are sequences, for PPO-ptx; None without.
     """
 
     sequences: Batch
@@ -72,6 +73,7 @@ class RolloutBatch:
     reference_logprobs: Array | None = None
     values: Array | None = None
     returns: Array | None = None
+    pretraining: Batch | None = None
 
 
 @flax.struct.dataclass

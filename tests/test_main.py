@@ -194,7 +194,7 @@ def test_debug_shows_where_an_error_comes_from():
     (["--config.phases[0].batch=12"],
      "a batch of 12 sequences is not divided by the mesh's 8 batch shards"),
     (["--config.phases[1].length=65"],
-     "length 65 is past the RoPE table of model.max_length=64"),
+     "length 65 is past the positions of model.max_length=64"),
     (["--config.phases[0].tokens=100"], "config.phases[0] needs exactly one of steps and tokens."),
     (["--config.phases[0].steps=0"], "config.phases[0] has 0 steps"),
     (["--config.phases[0].rewarm_steps=5"], "config.phases[0].rewarm_steps=5"),

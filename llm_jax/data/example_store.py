@@ -34,8 +34,9 @@ STRENGTHS = ("significantly better", "better", "slightly better", "negligibly be
 class ExampleConfig:
     """Which examples.
 
-    source: "stdlib:instructions", "stdlib:preferences" or "stdlib:safety" (the embedded ones); a
-      file, a folder, a glob pattern, "hf:NAME" or a saved dataset, as for pre-training.
+    source: "stdlib:instructions", "stdlib:preferences" or "stdlib:safety" (the embedded ones);
+      "arithmetic:TASK" (sums and the like, see `arithmetic`); a file, a folder, a glob pattern,
+      "hf:NAME" or a saved dataset, as for pre-training.
     format: of the rows, see `formats.FORMATS`; None: told by the fields of the first row.
     file_format: "text", "jsonl", "parquet" or "array_record"; None goes by the file's extension.
     split: the split of a Hugging Face dataset.
@@ -71,11 +72,11 @@ def conversation_stores(
     """A document for every conversation; a comparison counts as one with its best answer.
 
     Raises:
-      UserError: see `read_examples` and `build_stores`.
+      UserError: see `read_examples` and `build_stores`; a row without an answer.
     """
 
     def entries(counts: ReadCounts) -> Iterator[Entry]:
-        examples = read_examples(config.records, config.format, counts)
+        examples = _answered(config, counts)
         for batch in in_batches(examples, _characters):
             pairs = [(e, c) for e in batch if (c := as_conversation(e)) is not None]
             counts.empty += len(batch) - len(pairs)
@@ -114,13 +115,13 @@ def comparison_stores(
     trained on, not earlier turns.
 
     Raises:
-      UserError: see `read_examples` and `build_stores`; a row that is no comparison; a strength
-        that is none of `STRENGTHS`.
+      UserError: see `read_examples` and `build_stores`; a row that is no comparison, or that has
+        no answer; a strength that is none of `STRENGTHS`.
     """
 
     def entries(counts: ReadCounts) -> Iterator[Entry]:
         number = 0
-        examples = read_examples(config.records, config.format, counts)
+        examples = _answered(config, counts)
         for batch in in_batches(examples, _characters):
             answers = [
                 _Answer(number + index, comparison, response, score)
@@ -193,6 +194,17 @@ def _identity(config: ExampleConfig, template: ChatTemplate, kind: str) -> dict[
         "format": config.format,
         "template": template.describe(),
     }
+
+
+def _answered(config: ExampleConfig, counts: ReadCounts) -> Iterator[Example]:
+    """The examples of a source, all of which must have answers."""
+    for example in read_examples(config.records, config.format, counts):
+        if isinstance(example, Comparison) and not example.responses:
+            raise UserError(
+                f"{example.where}: the row is a prompt without an answer to learn from: give its "
+                "answer, or train on it with a stage that samples answers."
+            )
+        yield example
 
 
 def _comparison(example: Example, config: ExampleConfig) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -34,12 +35,14 @@ class Conversation:
     tools: JSON descriptions of the functions that the assistant may call.
     where: file:line, for messages. split_text: what decides the side of the validation split;
     None: the text up to the first answer, so that one prompt never stands on both sides.
+    row: the fields that the example was read from, for reward functions.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     where: str = ""
     split_text: str | None = None
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Comparison:
     prompt: the turns before the answers; may be empty. responses: the answers, each one or more
     turns that begin with the assistant's. scores: one for each answer, the higher the better; only
     their order counts. A pair is two answers; an unpaired example is one answer with the score 1
-    (good) or 0 (bad). strength: by how much the best answer is better, as a level's name.
+    (good) or 0 (bad); without any answer it is a prompt alone, for stages that make answers.
+    strength: by how much the best answer is better, as a level's name. The rest is as in
+    `Conversation`.
     """
 
     prompt: tuple[Message, ...]
@@ -59,6 +64,7 @@ class Comparison:
     tools: tuple[dict[str, Any], ...] = ()
     where: str = ""
     split_text: str | None = None
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 Example = Conversation | Comparison
@@ -87,11 +93,15 @@ def as_conversation(example: Example) -> Conversation | None:
     """
     if isinstance(example, Conversation):
         return example
-    best = max(range(len(example.scores)), key=example.scores.__getitem__)
-    if len(example.scores) == 1 and example.scores[0] != 1:
+    if not example.responses or (len(example.scores) == 1 and example.scores[0] != 1):
         return None
+    best = max(range(len(example.scores)), key=example.scores.__getitem__)
     return Conversation(
-        example.prompt + example.responses[best], example.tools, example.where, split_text(example)
+        messages=example.prompt + example.responses[best],
+        tools=example.tools,
+        where=example.where,
+        split_text=split_text(example),
+        row=example.row,
     )
 
 

@@ -121,6 +121,10 @@ FORMATS: dict[str, Format] = {
     ),
     "gsm8k": Format("conversation", ("question", "answer"), parsers.gsm8k),
     "text": Format("conversation", ("text",), parsers.text),
+    # Prompts alone, to which an on-policy stage makes the answers.
+    "prompt": Format(
+        "comparison", ("prompt|question|problem",), parsers.prompt, optional=("tools",)
+    ),
 }
 
 
@@ -146,7 +150,7 @@ def parse(fields: Fields, format_name: str, where: str) -> list[Example]:
       UserError: no such format.
     """
     format = _known(format_name)
-    common: dict[str, Any] = {"where": where}
+    common: dict[str, Any] = {"where": where, "row": fields}
     if "tools" in format.optional and has(fields, "tools"):
         common["tools"] = tools_of(fields["tools"])
     if has(fields, "split_text"):
@@ -229,6 +233,10 @@ def _check(example: Example) -> None:
 
 
 def _check_answers(example: Comparison) -> None:
+    if not example.responses:
+        check_messages(example.prompt)
+        if (role := example.prompt[-1].role) not in ("user", "tool"):
+            raise MalformedExample(f"the prompt ends with role {role!r}, so nothing is asked")
     scores: dict[str, float] = {}
     for number, (response, score) in enumerate(
         zip(example.responses, example.scores, strict=True), start=1

@@ -173,6 +173,11 @@ def is_solution(value: Any) -> bool:
     return isinstance(value, dict) and has(value, "solution") and has(value, "is_correct")
 
 
+def prompt(fields: Fields) -> list[Comparison]:
+    """A prompt, a text or a list of messages, without an answer."""
+    return [Comparison(_prompt(fields, "prompt|question|problem"), (), ())]
+
+
 # --- their parts
 
 

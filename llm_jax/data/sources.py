@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ __all__ = [
 
 STDLIB = "stdlib"
 STDLIB_EXAMPLES = "stdlib:"  # before the names of embedded examples
+ARITHMETIC = "arithmetic:"  # before the names of generated problems
 HUGGING_FACE = "hf:"
 
 
@@ -44,9 +45,10 @@ class SourceConfig:
     """Which text.
 
     source: "stdlib" (the embedded corpus); "stdlib:instructions", "stdlib:preferences" or
-      "stdlib:safety" (rows made of it); a file; a folder, of which all files of known formats
-      are read; a glob pattern; "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder
-      that the `datasets` library saved.
+      "stdlib:safety" (rows made of it); "arithmetic:TASK" or "arithmetic:TASK-DIGITS" (generated
+      problems, see `arithmetic`); a file; a folder, of which all files of known formats are read;
+      a glob pattern; "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder that the
+      `datasets` library saved.
     format: "text", "jsonl", "parquet" or "array_record"; None goes by the file's extension. For
       a folder it chooses the files.
     text_field: the field or column that holds the text of a row.
@@ -141,6 +143,10 @@ def source_identity(config: SourceConfig) -> dict[str, Any]:
         from llm_jax.data.stdlib_examples import EXAMPLES_VERSION
 
         return identity | {"stdlib": stdlib_identity(), "examples_version": EXAMPLES_VERSION}
+    if config.source.startswith(ARITHMETIC):
+        from llm_jax.data.arithmetic import ARITHMETIC_VERSION
+
+        return identity | {"arithmetic_version": ARITHMETIC_VERSION}
     if config.source.startswith(HUGGING_FACE):
         return identity
     path = Path(config.source).expanduser()
@@ -161,8 +167,12 @@ def _records(config: SourceConfig, field: str | None) -> Iterator[Row]:
     """The rows, of which one field is wanted, or with None all: see `readers.Reader`."""
     if config.source == STDLIB:
         return (Record({field or TEXT: d.text}, d.name) for d in stdlib_documents())
-    if config.source.startswith(f"{STDLIB}:"):
-        return _stdlib_rows(config.source)
+    if config.source.startswith(STDLIB_EXAMPLES):
+        return _numbered(config.source, _stdlib_rows(config.source))
+    if config.source.startswith(ARITHMETIC):
+        from llm_jax.data.arithmetic import arithmetic_rows
+
+        return _numbered(config.source, arithmetic_rows(config.source.removeprefix(ARITHMETIC)))
     if config.source.startswith(HUGGING_FACE) or _is_saved_dataset(Path(config.source)):
         return _hugging_face_rows(config)
     return itertools.chain.from_iterable(
@@ -170,15 +180,19 @@ def _records(config: SourceConfig, field: str | None) -> Iterator[Row]:
     )
 
 
-def _stdlib_rows(source: str) -> Iterator[Row]:
+def _numbered(source: str, rows: Iterable[dict[str, str]]) -> Iterator[Row]:
+    for number, fields in enumerate(rows, start=1):
+        yield Record(dict(fields), f"{source}:{number}")
+
+
+def _stdlib_rows(source: str) -> Iterator[dict[str, str]]:
     from llm_jax.data.stdlib_examples import EXAMPLES
 
     name = source.removeprefix(STDLIB_EXAMPLES)
     if name not in EXAMPLES:
         known = (STDLIB, *(f"{STDLIB_EXAMPLES}{name}" for name in EXAMPLES))
         raise UserError(f"source={source!r} is unknown.{did_you_mean(source, known)}")
-    rows = enumerate(EXAMPLES[name](), start=1)
-    return (Record(dict(fields), f"{source}:{number}") for number, fields in rows)
+    return EXAMPLES[name]()
 
 
 def _files(config: SourceConfig) -> list[tuple[Path, str]]:

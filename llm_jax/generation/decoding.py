@@ -1,7 +1,8 @@
 """Prefill and decode with a KV cache: the part that is compiled.
 
 `decode_whole` is one compiled function from prompts to continuations. `start` and `advance` are the
-same in pieces, for callers that look at the tokens before they are all there.
+same in pieces, for callers that look at the tokens before they are all there, or that put new rows
+in the places of those that have ended (`replace_rows`).
 
 Legend: B batch, T time, P padded prompt, C prefill chunk, N new tokens, D embed, V vocabulary.
 """
@@ -32,39 +33,49 @@ SMALLEST_BUCKET = 32
 
 @flax.struct.dataclass
 class Request:
-    """What is to be continued, and until when.
+    """Prompts to be continued, and until when.
 
     The last token of a prompt stands apart: reading it is the first decode step.
 
     tokens_BP: int32, all tokens but the last, then padding. lengths_B: int32, how many those are.
-    last_B: int32. rng: a typed key, or one a row. stop_ids: int32 [any number].
-    pad_id, limit: int32 scalars, what stands after a row's end, and the most new tokens of a row.
+    last_B: int32. limit: int32 scalar, the most new tokens of a row.
     """
 
     tokens_BP: Array
     lengths_B: Array
     last_B: Array
-    rng: jax.Array
-    stop_ids: Array
-    pad_id: Array
     limit: Array
 
 
 @flax.struct.dataclass
-class Decoding:
-    """The state between two decode steps.
+class Terms:
+    """What the choice of tokens depends on besides the rows themselves.
 
-    step: int32 scalar, steps taken. tokens_B: int32, chosen last and not in the cache yet.
-    ended_B: bool, rows that need no more. lengths_B: int32, tokens chosen that count.
-    tokens_BN: int32, `pad_id` where nothing is chosen. logprobs_BN: float32, 0 there.
+    rng: a typed key, or one a row. numbers_B: int32, the number of each row, whose key is
+    fold_in(rng, number) where there is one key for all. stop_ids: int32 [any number].
+    """
+
+    rng: jax.Array
+    numbers_B: Array
+    stop_ids: Array
+
+
+@flax.struct.dataclass
+class Decoding:
+    """The state between two decode steps. Every row counts for itself.
+
+    last_B: int32, chosen last and not in the cache yet.
+    lengths_B: int32, tokens chosen that count. limits_B: int32, the most that there may be.
+    stopped_B: bool, rows that have met a stop.
+    tokens_BN: int32, and logprobs_BN: float32; what stands there past a row's length means nothing.
     seen_BV: bool, tokens that the row holds; None where the sampler does not ask for them.
     """
 
-    step: jax.Array
     cache: KVCache
-    tokens_B: jax.Array
-    ended_B: jax.Array
+    last_B: jax.Array
     lengths_B: jax.Array
+    limits_B: jax.Array
+    stopped_B: jax.Array
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     seen_BV: jax.Array | None
@@ -89,29 +100,40 @@ class Generation:
 
 
 def make_request(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    rng: jax.Array,
-    stop_ids: Sequence[int],
-    pad_id: int,
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Request:
     """Checks and pads prompts; their length is rounded up to a bucket. See `generate`."""
-    _check(model, prompts, max_new_tokens)
-    if rng.ndim and rng.shape != (len(prompts),):
-        raise ValueError(f"rng has shape {rng.shape}: give one key, or one for each prompt")
-    lengths_B = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-    tokens_BP = np.zeros((len(prompts), bucket(int(lengths_B.max()))), np.int32)
+    check_prompts(model, prompts, max_new_tokens)
+    return pad_prompts(prompts, bucket(max(map(len, prompts)) - 1), max_new_tokens)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], length: int, max_new_tokens: int) -> Request:
+    """The request for prompts of at most length + 1 tokens."""
+    tokens_BP = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt) - 1] = prompt[:-1]
     return Request(
         tokens_BP=tokens_BP,
-        lengths_B=lengths_B,
+        lengths_B=np.array([len(prompt) - 1 for prompt in prompts], np.int32),
         last_B=np.array([prompt[-1] for prompt in prompts], np.int32),
-        rng=rng,
-        stop_ids=np.asarray(stop_ids, np.int32),
-        pad_id=np.int32(pad_id),
         limit=np.int32(max_new_tokens),
+    )
+
+
+def make_terms(rng: jax.Array, rows: int, stop_ids: Sequence[int]) -> Terms:
+    """The terms for rows that are numbered as they stand."""
+    if rng.ndim and rng.shape != (rows,):
+        raise ValueError(f"rng has shape {rng.shape}: give one key, or one for each prompt")
+    return Terms(rng, np.arange(rows, dtype=np.int32), np.asarray(stop_ids, np.int32))
+
+
+def keep_counted(made: Generation, length: int, pad_id: int) -> Generation:
+    """The first `length` tokens of arrays on the host; `pad_id` where they do not count."""
+    counts_BN = np.arange(length) < made.lengths[:, None]
+    return dataclasses.replace(
+        made,
+        tokens=np.where(counts_BN, made.tokens[:, :length], np.int32(pad_id)),
+        logprobs=np.where(counts_BN, made.logprobs[:, :length], np.float32(0)),
     )
 
 
@@ -122,39 +144,83 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "slots"))
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "room"))
 def decode_whole(
-    model: LanguageModel, params: Any, request: Request, *, sampler: SamplerConfig, slots: int
+    model: LanguageModel,
+    params: Any,
+    request: Request,
+    terms: Terms,
+    *,
+    sampler: SamplerConfig,
+    room: int,
 ) -> Generation:
-    """At most `limit` tokens a row, in buffers of `slots`."""
-    state = _start(model, params, request, sampler, slots)
-    state = _advance(model, params, request, state, request.limit, sampler)
-    return Generation(state.tokens_BN, state.lengths_B, state.logprobs_BN, state.ended_B)
+    """At most `limit` tokens a row, in buffers of `room`."""
+    state = _start(model, params, request, sampler, room)
+    rows = len(request.last_B)
+    state = _advance(model, params, state, terms, request.limit, jnp.int32(rows), sampler)
+    return Generation(state.tokens_BN, state.lengths_B, state.logprobs_BN, state.stopped_B)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "slots"))
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "room"))
 def start(
-    model: LanguageModel, params: Any, request: Request, *, sampler: SamplerConfig, slots: int
+    model: LanguageModel, params: Any, request: Request, *, sampler: SamplerConfig, room: int
 ) -> Decoding:
-    """The state after the prompts are read, with room for `slots` new tokens."""
-    return _start(model, params, request, sampler, slots)
+    """The state after the prompts are read, with room for so many new tokens."""
+    return _start(model, params, request, sampler, room)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames="state")
 def advance(
     model: LanguageModel,
     params: Any,
-    request: Request,
     state: Decoding,
+    terms: Terms,
     count: Array,
+    idle: Array,
     *,
     sampler: SamplerConfig,
 ) -> Decoding:
-    """The state after at most `count` (int32 scalar) more steps; `state` itself is used up."""
-    return _advance(model, params, request, state, count, sampler)
+    """The state after at most `count` more steps, fewer where `idle` rows have ended before (int32
+    scalars both); `state` itself is used up."""
+    return _advance(model, params, state, terms, count, idle, sampler)
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "rows", "length", "room"))
+def start_idle(
+    model: LanguageModel, *, sampler: SamplerConfig, rows: int, length: int, room: int
+) -> Decoding:
+    """The state of rows that have nothing to do: places for prompts of `length` tokens."""
+    return _lay_out(_unread(model, sampler, rows, length, room))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def replace_rows(state: Decoding, prompts: Decoding, places_B: Array) -> Decoding:
+    """Puts copies of prompts that are read (`start` with no room) in the place of rows.
+
+    places_B: int32, which of the prompts each row becomes; -1: the row stays what it is.
+    `state` itself is used up.
+    """
+    enter_B = places_B >= 0
+
+    def replace(old: jax.Array, new: jax.Array) -> jax.Array:
+        # The arrays of the prompts are shorter in time. What is left of an old row behind them is
+        # past the lengths of the new one, or hidden by segment ids of 0.
+        axis = max(old.ndim - 4, 0)
+        new = jnp.take(new, jnp.maximum(places_B, 0), axis)
+        enter = enter_B.reshape(-1, *(1,) * (old.ndim - axis - 1))
+        part = tuple(slice(size) for size in new.shape)
+        return old.at[part].set(jnp.where(enter, new, old[part]))
+
+    segment_ids_BS = jnp.where(enter_B[:, None], 0, state.cache.segment_ids)
+    cache = dataclasses.replace(state.cache, segment_ids=segment_ids_BS)
+    state = dataclasses.replace(state, cache=cache)
+    return _lay_out(jax.tree.map(replace, state, prompts))
+
+
+def check_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raises UserError where the model cannot continue the prompts by so many tokens."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not prompts:
@@ -175,19 +241,35 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
             )
 
 
-def _start(
-    model: LanguageModel, params: Any, request: Request, sampler: SamplerConfig, slots: int
+def _unread(
+    model: LanguageModel, sampler: SamplerConfig, rows: int, length: int, room: int
 ) -> Decoding:
-    rows, time = request.tokens_BP.shape
-    state = Decoding(
-        step=jnp.int32(0),
-        cache=_prefill(model, params, request, init_cache(model.config, rows, time + slots)),
-        tokens_B=jnp.asarray(request.last_B),
-        ended_B=jnp.zeros(rows, bool),
+    """Empty rows, with room for prompts of `length` tokens and for `room` new ones."""
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None
+    return Decoding(
+        cache=init_cache(model.config, rows, length + room),
+        last_B=jnp.zeros(rows, jnp.int32),
         lengths_B=jnp.zeros(rows, jnp.int32),
-        tokens_BN=jnp.full((rows, slots), request.pad_id),
-        logprobs_BN=jnp.zeros((rows, slots), jnp.float32),
-        seen_BV=_prompt_tokens(request, model.config.vocab_size) if sampler.penalizes else None,
+        limits_B=jnp.zeros(rows, jnp.int32),
+        stopped_B=jnp.zeros(rows, bool),
+        tokens_BN=jnp.zeros((rows, room), jnp.int32),
+        logprobs_BN=jnp.zeros((rows, room), jnp.float32),
+        seen_BV=jnp.zeros((rows, vocab_size), bool) if sampler.penalizes else None,
+    )
+
+
+def _start(
+    model: LanguageModel, params: Any, request: Request, sampler: SamplerConfig, room: int
+) -> Decoding:
+    rows, length = request.tokens_BP.shape
+    state = _unread(model, sampler, rows, length, room)
+    state = dataclasses.replace(
+        state,
+        cache=_prefill(model, params, request, state.cache),
+        last_B=jnp.asarray(request.last_B),
+        limits_B=jnp.full(rows, request.limit),
+        seen_BV=None if state.seen_BV is None else _prompt_tokens(request, state.seen_BV),
     )
     return _lay_out(state)
 
@@ -195,40 +277,55 @@ def _start(
 def _advance(
     model: LanguageModel,
     params: Any,
-    request: Request,
     state: Decoding,
+    terms: Terms,
     count: Array,
+    idle: Array,
     sampler: SamplerConfig,
 ) -> Decoding:
-    rows, rng = len(request.last_B), request.rng
-    rng_B = rng if rng.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows))
-    until = jnp.minimum(state.step + count, request.limit)
+    row_B = jnp.arange(len(terms.numbers_B))
+    fold_in = jax.vmap(jax.random.fold_in)
+    rng_B = terms.rng
+    if not rng_B.ndim:
+        rng_B = fold_in(jnp.broadcast_to(rng_B, row_B.shape), terms.numbers_B)
 
-    def unfinished(state: Decoding) -> jax.Array:
-        return (state.step < until) & ~jnp.all(state.ended_B)
+    def unfinished(carry: tuple[jax.Array, Decoding]) -> jax.Array:
+        step, state = carry
+        return (step < count) & (jnp.sum(~_unended(state)) < idle)
 
-    def decode(state: Decoding) -> Decoding:
-        # Rows that have ended go on reading padding, which no other row sees.
-        hidden_B1D, cache = model.apply(params, state.tokens_B[:, None], cache=state.cache)
+    def decode(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
+        step, state = carry
+        unended_B = _unended(state)
+        # Rows that have ended read padding, which makes nothing grow.
+        segment_ids_B1 = unended_B[:, None].astype(jnp.int32)
+        hidden_B1D, cache = model.apply(
+            params, state.last_B[:, None], segment_ids=segment_ids_B1, cache=state.cache
+        )
         assert cache is not None
         logits_BV = model.logits(params, hidden_B1D)[:, 0]
-        step_rng_B = jax.vmap(jax.random.fold_in, (0, None))(rng_B, state.step)
-        tokens_B, logprobs_B = sample(logits_BV, step_rng_B, sampler, state.seen_BV)
-        tokens_B = jnp.where(state.ended_B, request.pad_id, tokens_B)
-        logprobs_B = jnp.where(state.ended_B, 0.0, logprobs_B)
+        # By the row's own count, a row draws the same in whatever company it stands.
+        draw_rng_B = fold_in(rng_B, state.lengths_B)
+        tokens_B, logprobs_B = sample(logits_BV, draw_rng_B, sampler, state.seen_BV)
+        place_B = jnp.where(unended_B, state.lengths_B, state.tokens_BN.shape[1])
         seen_BV = state.seen_BV
-        return Decoding(
-            step=state.step + 1,
+        state = Decoding(
             cache=cache,
-            tokens_B=tokens_B,
-            ended_B=state.ended_B | jnp.isin(tokens_B, request.stop_ids),
-            lengths_B=state.lengths_B + ~state.ended_B,
-            tokens_BN=state.tokens_BN.at[:, state.step].set(tokens_B),
-            logprobs_BN=state.logprobs_BN.at[:, state.step].set(logprobs_B),
-            seen_BV=None if seen_BV is None else seen_BV.at[jnp.arange(rows), tokens_B].set(True),
+            last_B=tokens_B,
+            lengths_B=state.lengths_B + unended_B,
+            limits_B=state.limits_B,
+            stopped_B=state.stopped_B | (unended_B & jnp.isin(tokens_B, terms.stop_ids)),
+            tokens_BN=state.tokens_BN.at[row_B, place_B].set(tokens_B, mode="drop"),
+            logprobs_BN=state.logprobs_BN.at[row_B, place_B].set(logprobs_B, mode="drop"),
+            seen_BV=None if seen_BV is None else seen_BV.at[row_B, tokens_B].set(True),
         )
+        return step + 1, state
 
-    return _lay_out(jax.lax.while_loop(unfinished, decode, state))
+    return _lay_out(jax.lax.while_loop(unfinished, decode, (jnp.int32(0), state))[1])
+
+
+def _unended(state: Decoding) -> jax.Array:
+    """Rows that go on, bool [batch]."""
+    return ~state.stopped_B & (state.lengths_B < state.limits_B)
 
 
 def _prefill(model: LanguageModel, params: Any, request: Request, cache: KVCache) -> KVCache:
@@ -251,13 +348,11 @@ def _prefill(model: LanguageModel, params: Any, request: Request, cache: KVCache
     return jax.lax.scan(read, _lay_out_cache(cache), jnp.arange(0, time, chunk))[0]
 
 
-def _prompt_tokens(request: Request, vocab_size: int | None) -> jax.Array:
-    """Which tokens each prompt holds, bool [batch, vocab]."""
-    assert vocab_size is not None
+def _prompt_tokens(request: Request, seen_BV: jax.Array) -> jax.Array:
+    """Which tokens each prompt holds, bool [batch, vocab], put into an array without any."""
     rows, time = request.tokens_BP.shape
     row_B = jnp.arange(rows)
     inside_BP = jnp.arange(time) < request.lengths_B[:, None]
-    seen_BV = jnp.zeros((rows, vocab_size), bool)
     seen_BV = seen_BV.at[row_B[:, None], request.tokens_BP].max(inside_BP)
     return seen_BV.at[row_B, request.last_B].set(True)
 

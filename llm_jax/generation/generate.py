@@ -14,10 +14,13 @@ from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.generation.decoding import (
     Generation,
     Request,
+    Terms,
     advance,
     bucket,
     decode_whole,
+    keep_counted,
     make_request,
+    make_terms,
     start,
 )
 from llm_jax.generation.sampler import SamplerConfig
@@ -85,24 +88,20 @@ def generate(
       UserError: no or empty prompts, a token past the vocabulary, an empty stop string, or prompt
         and new tokens together longer than the model's max_length.
     """
-    request = make_request(model, prompts, max_new_tokens, rng, stop_ids, pad_id)
+    request = make_request(model, prompts, max_new_tokens)
+    terms = make_terms(rng, len(prompts), stop_ids)
     check_stop_strings(stop_strings)
     if not stop_strings:
-        slots = bucket(max_new_tokens)
-        made = jax.device_get(decode_whole(model, params, request, sampler=sampler, slots=slots))
+        room = bucket(max_new_tokens)
+        made = decode_whole(model, params, request, terms, sampler=sampler, room=room)
+        made = jax.device_get(made)
     elif tokenizer is None:
         raise ValueError("stop strings need the tokenizer that makes the text")
     else:
-        stages = _stages(model, params, request, sampler, tokenizer, stop_strings, STOP_CHUNK)
-        *_, made = stages
-    # What a row chose after its stop string, up to the end of the chunk, does not count.
-    counts = np.arange(max_new_tokens) < made.lengths[:, None]
-    return Generation(
-        tokens=np.where(counts, made.tokens[:, :max_new_tokens], np.int32(pad_id)),
-        lengths=made.lengths,
-        logprobs=np.where(counts, made.logprobs[:, :max_new_tokens], np.float32(0)),
-        stopped=made.stopped,
-    )
+        *_, made = _stages(
+            model, params, request, terms, sampler, tokenizer, stop_strings, STOP_CHUNK
+        )
+    return keep_counted(made, max_new_tokens, pad_id)
 
 
 def generate_texts(
@@ -166,10 +165,11 @@ def stream(
     Raises:
       UserError: see `generate`; at the call, before the first piece is asked for.
     """
-    request = make_request(model, [prompt], max_new_tokens, rng, stop_ids, tokenizer.pad_id)
+    request = make_request(model, [prompt], max_new_tokens)
+    terms = make_terms(rng, 1, stop_ids)
     check_stop_strings(stop_strings)
 
-    stages = _stages(model, params, request, sampler, tokenizer, stop_strings, STREAM_CHUNK)
+    stages = _stages(model, params, request, terms, sampler, tokenizer, stop_strings, STREAM_CHUNK)
     continuations = (made.tokens[0, : made.lengths[0]].tolist() for made in stages)
     return _pieces(tokenizer, prompt, continuations, stop_strings, echo)
 
@@ -221,6 +221,7 @@ def _stages(
     model: LanguageModel,
     params: Any,
     request: Request,
+    terms: Terms,
     sampler: SamplerConfig,
     tokenizer: Tokenizer,
     stop_strings: Sequence[str],
@@ -230,19 +231,19 @@ def _stages(
 
     `tokens` and `logprobs` may go on past the `lengths`, up to the end of the chunk.
     """
-    limit = int(request.limit)
-    state = start(model, params, request, sampler=sampler, slots=bucket(limit))
+    limit, rows = int(request.limit), np.int32(len(request.last_B))
+    state = start(model, params, request, sampler=sampler, room=bucket(limit))
     for known in range(0, limit, chunk):
-        state = advance(model, params, request, state, np.int32(chunk), sampler=sampler)
-        made = Generation(state.tokens_BN, state.lengths_B, state.logprobs_BN, state.ended_B)
+        state = advance(model, params, state, terms, np.int32(chunk), rows, sampler=sampler)
+        made = Generation(state.tokens_BN, state.lengths_B, state.logprobs_BN, state.stopped_B)
         made = _end_rows(jax.device_get(made), tokenizer, stop_strings, known)
         yield made
         if made.stopped.all():
             return
         # Operations on the state's own arrays leave these where they are on the devices.
         lengths_B = jnp.minimum(state.lengths_B, made.lengths)
-        ended_B = state.ended_B | made.stopped
-        state = dataclasses.replace(state, lengths_B=lengths_B, ended_B=ended_B)
+        stopped_B = state.stopped_B | made.stopped
+        state = dataclasses.replace(state, lengths_B=lengths_B, stopped_B=stopped_B)
 
 
 def _end_rows(

@@ -79,7 +79,7 @@ class Plan:
                 p.name,
                 str(p.count),
                 " x ".join(map(str, p.shape)),
-                " ".join(map(_axes, p.spec)),
+                " ".join(self._axes(entry) for entry in p.spec),
                 f"{4 * p.chip_values / 2**20:,.2f}",
             )
             for p in self.parameters
@@ -106,6 +106,11 @@ class Plan:
             *(f"  {size / 2**30:8.2f} GiB of {what}" for what, size in totals.items()),
         ])  # fmt: skip
 
+    def _axes(self, entry: Any) -> str:
+        """The mesh axes that split a dimension, or a dash."""
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        return "+".join(axis for axis in axes if self.mesh[axis] > 1) or "-"
+
 
 def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
     """Shapes, partitions and bytes of a model on a mesh that need not exist.
@@ -126,8 +131,3 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
         mesh=dict(abstract_mesh.shape),
         parameters=tuple(dataclasses.replace(p, count=n) for p, n in counted.items()),
     )
-
-
-def _axes(entry: Any) -> str:
-    """Of one dimension: the mesh axes that split it, or a dash."""
-    return "-" if entry is None else "+".join([entry] if isinstance(entry, str) else entry)

@@ -157,17 +157,26 @@ def token_nats(
     hidden_BTD, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids, rng=rng)
     kernel_DV = model.output_kernel(params)
 
-    @jax.checkpoint
-    def nats(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden_BCD, targets_BC = operands
+    def nats(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         logits_BCV = model.project(hidden_BCD, kernel_DV)
-        return _log_normaliser(logits_BCV) - _pick(logits_BCV, targets_BC)
+        return _log_normaliser(logits_BCV) - pick(logits_BCV, targets_BC)
 
-    length = hidden_BTD.shape[1]
+    return over_time(nats, chunk, hidden_BTD, batch.targets)
+
+
+def over_time(function: Callable[..., Any], chunk: int | None, *operands: jax.Array) -> Any:
+    """`function(*operands)`, a tree of [batch, time, ...] as its operands are, by pieces of time.
+
+    Differentiable; the backward pass computes each piece again. `chunk` is the length of a piece;
+    None = one for all. Padding at the end of the last piece is zeros.
+    """
+    recomputed = jax.checkpoint(function)
+    length = operands[0].shape[1]
     if chunk is None or chunk >= length:
-        return nats((hidden_BTD, batch.targets))
-    chunks = _split(hidden_BTD, chunk), _split(batch.targets, chunk)
-    return _join(jax.lax.map(nats, chunks), length)
+        return recomputed(*operands)
+    pieces = tuple(_split(x, chunk) for x in operands)
+    results = jax.lax.map(lambda piece: recomputed(*piece), pieces)
+    return jax.tree.map(lambda x: _join(x, length), results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -230,7 +239,7 @@ def _chunk_sums(
     logits_BCV = project(hidden_BCD, kernel_DV)
     logits_BCV = constrain(logits_BCV, "activation_batch", "activation_time", "activation_vocab")
     normaliser_BC = _log_normaliser(logits_BCV)
-    picked_BC = _pick(logits_BCV, targets_BC)
+    picked_BC = pick(logits_BCV, targets_BC)
     total = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
     highest_BC = picked_BC >= jnp.max(logits_BCV, axis=-1)
     sums = {"accuracy": jnp.sum(weights_BC * highest_BC)}
@@ -245,7 +254,7 @@ def _log_normaliser(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1)
 
 
-def _pick(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+def pick(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     """Each target's logit. A comparison, not a gather: it fuses, and splits over the vocabulary."""
     vocabulary_V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)
     return jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0), axis=-1)

@@ -192,7 +192,7 @@ def test_the_mesh_changes_nothing_but_the_rounding(start, opened, stage, section
     ({"init_from": "nowhere"}, "nowhere is no run directory"),
     ({"model": ModelConfig(lora=LoraConfig(targets=("nothing",)))}, "nothing"),
     ({"phases": (PhaseConfig(length=999, batch=8, steps=1),), "model": ModelConfig(max_length=64)},
-     "length 999 is past the RoPE table"),
+     "length 999 is past the positions"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(build, sections, message):
     with pytest.raises(UserError, match=message) as caught:

@@ -130,11 +130,11 @@ def test_needle_rows_are_a_component_of_the_mixture(build, corpus):
 
 
 @pytest.mark.parametrize("phase, message", [
-    (PhaseConfig(length=129, batch=8, steps=1), "length 129 is past the RoPE table"),
+    (PhaseConfig(length=129, batch=8, steps=1), "length 129 is past the positions"),
     (PhaseConfig(length=32, batch=8, steps=1, weights={"txet": 1.0}), "Did you mean 'text'"),
     (PhaseConfig(length=16, batch=8, steps=1, gate=GateConfig()), "needle"),
     (PhaseConfig(length=32, batch=8, steps=1, rope_scaling="yran"),
-     r"config\.phases\[1\]\.rope_scaling='yran' is not one of none, linear, ntk, yarn, llama3"),
+     r"config\.phases\[1\]\.rope_scaling='yran' is not one of none, linear, ntk, dynamic, yarn"),
     (PhaseConfig(length=32, batch=8, steps=1, rope_scaling="yarn"), r"rope\.original_length"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_last_phase_is_refused_before_the_first(build, phase, message):

@@ -1,0 +1,1 @@
+"""Reinforcement learning beside the losses: rollouts, rewards, advantages."""
