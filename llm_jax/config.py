@@ -141,7 +141,7 @@ def _to_config(value: Any, hint: Any) -> Any:
 def _from_config(value: Any, hint: Any, path: str) -> Any:
     members = _members(hint)
     if value is None:
-        if type(None) in members:
+        if type(None) in members or Any in members:
             return None
         raise UserError(f"{path} is required and was not given.")
     for member in members:

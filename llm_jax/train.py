@@ -164,7 +164,8 @@ class _Loop:
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
         while self.step < end and signals.received is None:
             self.profiler.before_step(self.step)
-            batch = self.trainer.source.next(self.state.params, self.step)
+            whole = join(self.state.params, self.state.frozen)
+            batch = self.trainer.source.next(whole, self.step)
             if self.train_step is None:
                 self.train_step = self._compile(phase, setting, batch)
                 self.throughput.start(setting.flops_per_token, peak_flops(jax.devices()[0]))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from llm_jax import sharding
 from llm_jax.config import digest
 from llm_jax.models import LanguageModel, ModelConfig, lora
-from llm_jax.models.heads import REWARD, init_reward_head
+from llm_jax.models.heads import HEADS, init_heads
 from llm_jax.models.quantize import quantize
 
 Quantization = Literal["int8", "nf4"]
@@ -27,7 +27,7 @@ def init_weights(config: ModelConfig, heads: Sequence[str], rng: jax.Array) -> A
     model = LanguageModel(dataclasses.replace(config, lora=None))
     # A model without heads begins alike whether heads exist or not.
     weights = model.init(model_rng if heads else rng)
-    return {**weights, **(init_reward_head(head_rng, config.embed_dim) if REWARD in heads else {})}
+    return {**weights, **init_heads(head_rng, heads, config.embed_dim)}
 
 
 def abstract(mesh: Mesh, boxed: Any) -> Any:
@@ -43,8 +43,7 @@ def init_trained(config: ModelConfig, heads: Sequence[str], rng: jax.Array, *, b
     """What a stage with adapters trains, in boxes: adapters and heads."""
     adapter_rng, head_rng = jax.random.split(rng)
     adapters = lora.init_adapters(adapter_rng, config, base)
-    head = init_reward_head(head_rng, config.embed_dim) if REWARD in heads else {}
-    return {**adapters, **head}
+    return {**adapters, **init_heads(head_rng, heads, config.embed_dim)}
 
 
 def identify(meta: dict[str, Any], weights: Any) -> str:
@@ -66,7 +65,7 @@ def quantized(weights: Any, kind: Quantization | None) -> Any:
 
 
 def without_heads(weights: Any) -> Any:
-    return {name: value for name, value in weights.items() if name != REWARD}
+    return {name: value for name, value in weights.items() if name not in HEADS}
 
 
 def fingerprint(weights: Any) -> str:

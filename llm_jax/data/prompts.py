@@ -37,7 +37,7 @@ class Prompt:
 
     ids: the tokens up to where the answer begins. text: what its turns say, with blank lines
     between them. answer: the reference answer, or None. row: the fields of the source's row, and
-    the reference answer as `ANSWER` where the row has no field of that name.
+    the reference answer as `ANSWER` where the row has no value of that name.
     """
 
     ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class PromptData:
       train, validation: the prompts by split; the same prompts are held out as in fine-tuning on
         the source at the same fraction.
       too_long: prompts left out because they are longer than the limit.
-      counts: what reading the source met; its `empty` counts the rows that ask nothing, too.
+      counts: what reading the source met; `empty` counts the examples that ask nothing, too.
       fingerprint: a hash of all prompts in their order, with their rows.
     """
 
@@ -120,7 +120,7 @@ class PromptData:
         if self.counts.skipped:
             text += f", {self.counts.skipped:,} malformed rows skipped"
         if self.counts.empty:
-            text += f", {self.counts.empty:,} rows that ask nothing left out"
+            text += f", {self.counts.empty:,} rows of no use left out"
         return text
 
     def _asking(self, config: PromptDataConfig) -> Iterator[Example]:
@@ -129,7 +129,6 @@ class PromptData:
             if _split(example)[0]:
                 yield example
             else:
-                self.counts.documents -= 1
                 self.counts.empty += 1
 
     def _nothing_left(self, config: PromptDataConfig, longest: int) -> UserError:
@@ -154,12 +153,14 @@ def _split(example: Example) -> tuple[tuple[Message, ...], str | None]:
 
 def _prompt(example: Example, template: ChatTemplate, tokenizer: Tokenizer) -> Prompt:
     turns, answer = _split(example)
-    reference = {} if answer is None else {ANSWER: answer}
+    row = dict(example.row)
+    if answer is not None and row.get(ANSWER) is None:
+        row[ANSWER] = answer
     return Prompt(
         ids=tuple(template.render_prompt(turns, example.tools, tokenizer)),
         text="\n\n".join(turn.content for turn in turns),
         answer=answer,
-        row=reference | dict(example.row),
+        row=row,
     )
 
 

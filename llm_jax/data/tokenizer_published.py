@@ -14,6 +14,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CONFIG = "config.json"
 # Kept with the tokenizer, so that an export has them again.
 KEPT = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "tokenizer.model")
 
@@ -93,8 +94,10 @@ class PublishedSettings:
         return found
 
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids at which generations end, as generation_config.json says."""
-        return generation_ends(self.read(GENERATION_CONFIG))
+        """The ids at which generations end, as generation_config.json says, else config.json."""
+        return generation_ends(self.read(GENERATION_CONFIG)) or generation_ends(
+            self.read(MODEL_CONFIG)
+        )
 
 
 def generation_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -106,7 +109,8 @@ def generation_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def beside(file: Path) -> PublishedSettings:
     """The settings beside a tokenizer's file."""
-    paths = [file.parent / name for name in (*KEPT, GENERATION_CONFIG) if file.name != name]
+    names = (*KEPT, GENERATION_CONFIG, MODEL_CONFIG)
+    paths = [file.parent / name for name in names if file.name != name]
     return PublishedSettings(
         {path.name: path.read_bytes() for path in paths if path.exists()}, str(file.parent)
     )

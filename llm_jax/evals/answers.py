@@ -89,7 +89,7 @@ def evaluate_answers(
         stopped += made.stopped[: len(prompts)].tolist()
         differences.append(_largest_difference(token_nats, params, filled, rows, made.logprobs))
     pairs = [
-        (_counted(found, answer_after), _counted(wanted, answer_after))
+        (final_answer(found, answer_after), final_answer(wanted, answer_after))
         for found, wanted in zip(answers, examples.answers, strict=True)
     ]
     return {
@@ -114,7 +114,8 @@ def token_f1(found: str, wanted: str) -> float:
     return 2 * shared / (len(found_words) + len(wanted_words))
 
 
-def _counted(text: str, answer_after: str | None) -> str:
+def final_answer(text: str, answer_after: str | None) -> str:
+    """What stands after the last `answer_after`, and nothing where there is none; None = all."""
     if answer_after is None:
         return text
     return text.rpartition(answer_after)[2] if answer_after in text else ""

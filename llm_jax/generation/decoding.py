@@ -203,17 +203,14 @@ def replace_rows(state: Decoding, prompts: Decoding, places_B: Array) -> Decodin
     enter_B = places_B >= 0
 
     def replace(old: jax.Array, new: jax.Array) -> jax.Array:
-        # The arrays of the prompts are shorter in time. What is left of an old row behind them is
-        # past the lengths of the new one, or hidden by segment ids of 0.
+        # The arrays of the prompts are shorter in time. What an old row has left behind their end
+        # stands past the length of the new one, where nothing sees it until it is overwritten.
         axis = max(old.ndim - 4, 0)
         new = jnp.take(new, jnp.maximum(places_B, 0), axis)
         enter = enter_B.reshape(-1, *(1,) * (old.ndim - axis - 1))
         part = tuple(slice(size) for size in new.shape)
         return old.at[part].set(jnp.where(enter, new, old[part]))
 
-    segment_ids_BS = jnp.where(enter_B[:, None], 0, state.cache.segment_ids)
-    cache = dataclasses.replace(state.cache, segment_ids=segment_ids_BS)
-    state = dataclasses.replace(state, cache=cache)
     return _lay_out(jax.tree.map(replace, state, prompts))
 
 
@@ -367,7 +364,9 @@ def _lay_out(state: Decoding) -> Decoding:
 
 def _lay_out_cache(cache: KVCache) -> KVCache:
     def lay_out(x: jax.Array) -> jax.Array:
+        if x.ndim < 4:  # segment ids and lengths
+            return constrain(x, "activation_batch", *(None,) * (x.ndim - 1))
         stacked = (None,) * (x.ndim - 4)
         return constrain(x, *stacked, "activation_batch", "activation_heads", None, None)
 
-    return dataclasses.replace(cache, layers=jax.tree.map(lay_out, cache.layers))
+    return jax.tree.map(lay_out, cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_jax.errors import UserError, did_you_mean
@@ -53,14 +53,15 @@ def _all_but_one_in(period: int) -> Callable[[Json, int], list[LayerKind]]:
 _GEMMA_SETTINGS = {"norm_plus_one": True, "scale_embeddings": True}
 _GEMMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256}
 _GEMMA_REFUSED = {"attention_bias": (False,), "use_bidirectional_attention": (None, False)}
-_GEMMA_CAPS = {
+_GEMMA3_KEYS = {
     "query_pre_attention_scalar": "query_pre_attn_scalar",
-    "attention_soft_cap": "attn_logit_softcapping",
     "logits_soft_cap": "final_logit_softcapping",
 }
+_GEMMA_CAPS = {**_GEMMA3_KEYS, "attention_soft_cap": "attn_logit_softcapping"}
 _GEMMA_ACTIVATIONS = ("hidden_activation", {"gelu_pytorch_tanh": "geglu"})
 _GEMMA_WINDOWS = ("sliding_window", "layer_types", "sliding_window_pattern")
 _QWEN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_QWEN_DEFAULTS = {"max_window_layers": 28, "num_key_value_heads": 32}
 _UNTIED = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 _ALL = (
@@ -70,20 +71,26 @@ _ALL = (
         names.LLAMA,
         keys={**LLAMA_KEYS, "mlp_bias": "mlp_bias"},
         defaults=_UNTIED,
+        whole_heads=True,
         biases={False: "none", True: "all"},
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
         names.LLAMA,
-        defaults={**_UNTIED, "num_key_value_heads": 8},
+        defaults={**_UNTIED, "num_key_value_heads": 8, "sliding_window": 4096},
         windows=_every_layer,
     ),
     Family(
         "mixtral",
         "MixtralForCausalLM",
         names.MIXTRAL,
-        defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "num_experts_per_tok": 2,
+        },
         windows=_every_layer,
         theta=1e6,
         experts=("num_local_experts", "intermediate_size"),
@@ -93,7 +100,7 @@ _ALL = (
         "Qwen2ForCausalLM",
         names.LLAMA,
         settings={"attention_bias": "qkv"},
-        defaults=_UNTIED,
+        defaults={**_UNTIED, **_QWEN_DEFAULTS},
         windows=_last_layers,
         window_keys=_QWEN_WINDOWS,
     ),
@@ -102,7 +109,7 @@ _ALL = (
         "Qwen3ForCausalLM",
         names.QWEN3,
         settings={"qk_norm": "head"},
-        defaults={**_UNTIED, "head_dim": 128},
+        defaults={**_UNTIED, **_QWEN_DEFAULTS, "head_dim": 128},
         windows=_last_layers,
         window_keys=_QWEN_WINDOWS,
         biases={False: "none", True: "all"},
@@ -124,7 +131,7 @@ _ALL = (
         "GemmaForCausalLM",
         names.LLAMA,
         settings=_GEMMA_SETTINGS,
-        defaults=_GEMMA_DEFAULTS,
+        defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
         refused=_GEMMA_REFUSED,
         # Published files say "gelu" and mean the tanh form, which all their readers take.
         activations=("hidden_act", {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}),
@@ -135,7 +142,14 @@ _ALL = (
         names.GEMMA3,
         settings={**_GEMMA_SETTINGS, "norm_placement": "both"},
         keys={**LLAMA_KEYS, **_GEMMA_CAPS},
-        defaults={**_GEMMA_DEFAULTS, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
         refused=_GEMMA_REFUSED,
         activations=_GEMMA_ACTIVATIONS,
         windows=_all_but_one_in(2),
@@ -146,7 +160,7 @@ _ALL = (
         "Gemma3ForCausalLM",
         names.GEMMA3,
         settings={**_GEMMA_SETTINGS, "norm_placement": "both", "qk_norm": "head"},
-        keys={**LLAMA_KEYS, **_GEMMA_CAPS},
+        keys={**LLAMA_KEYS, **_GEMMA3_KEYS},
         # Within the config.json of a model with several parts most of it is left out.
         defaults={
             **_GEMMA_DEFAULTS,
@@ -160,7 +174,8 @@ _ALL = (
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
         },
-        refused=_GEMMA_REFUSED,
+        # Its readers pass over the key.
+        refused={**_GEMMA_REFUSED, "attn_logit_softcapping": (None,)},
         activations=_GEMMA_ACTIVATIONS,
         windows=_all_but_one_in(6),
         window_keys=_GEMMA_WINDOWS,
@@ -222,6 +237,7 @@ _ALL = (
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
         windows=_every_layer,
         fraction=1.0,
+        scalings=("none", "longrope"),
     ),
     Family(
         "gpt2",
@@ -275,7 +291,10 @@ def family_of(config: Json) -> Family:
 
 def text_config(config: Json) -> Json:
     """The part of a config.json that describes the text model, of models with several parts."""
-    return config.get("text_config") or config
+    part = config.get("text_config") or config
+    if not isinstance(part, Mapping):
+        raise UserError("config.json has a text_config that is no object: mend it.")
+    return part
 
 
 def family_for(model: ModelConfig, preferred: str | None = None) -> Family:
@@ -306,6 +325,8 @@ def architecture(model: ModelConfig) -> ModelConfig:
     """The model without what is the run's own choice: which dtype, which kernels, which dropout."""
     plain = ModelConfig()
     free: dict[str, Any] = {name: getattr(plain, name) for name in RUN_FIELDS}
+    if model.position == "rotary":
+        free["max_length"] = plain.max_length  # no parameter and no value depends on it
     if model.moe is not None:
         free["moe"] = dataclasses.replace(model.moe, capacity_factor=None)
     model = dataclasses.replace(model, **free)

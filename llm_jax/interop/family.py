@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_jax.config import build
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.interop.names import Table
 from llm_jax.interop.rope_settings import read_fraction, read_local_rope, read_rope, write_rope
@@ -36,6 +37,9 @@ LLAMA_KEYS = {
     "norm_epsilon": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+_READ_AS = "config.json, read as {}"  # before the name of a field in a message
+# Keys that switch something off by null, and leave it to the default by not being there.
+_NONE_IF_NULL = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 _REQUIRED = ("vocab_size", "embed_dim", "num_layers", "num_heads", "mlp_dim", "max_length")
 
 
@@ -52,6 +56,8 @@ class Family:
     window_keys: what is written of them.
     theta, local_theta, fraction: of RoPE where no key says. Without a local base all layers have
       the same RoPE, without a fraction all dimensions are rotated.
+    scalings: of RoPE, where its readers do not know all. whole_heads: its readers want the
+      embedding to be a multiple of the heads.
     biases: where attention has them by a key "attention_bias", otherwise by `settings`.
     experts: the key of their number and that of their width.
     mlp_ratio: the MLP's width over the embedding's, where no key need say it.
@@ -72,6 +78,8 @@ class Family:
     theta: float = 10_000.0
     local_theta: float | None = None
     fraction: float | None = None
+    scalings: tuple[str, ...] | None = None
+    whole_heads: bool = False
     biases: Mapping[bool, str] = dataclasses.field(default_factory=dict)
     experts: tuple[str, str] | None = None
     mlp_ratio: int | None = None
@@ -89,49 +97,33 @@ class Family:
         """The architecture that a config.json describes.
 
         Raises:
-          UserError: a key is missing, or asks for what this transformer does not do.
+          UserError: a key is missing or of the wrong type, or asks for what this transformer does
+            not do.
         """
+        self._refuse(config)
         written = {**self.defaults, **{k: v for k, v in config.items() if v is not None}}
-        for key, understood in self.refused.items():
-            if config.get(key, understood[0]) not in understood:
-                raise UserError(
-                    f"config.json has {key}={config[key]!r}, and of {self.model_type} models only "
-                    f"{' or '.join(map(repr, understood))} is understood."
-                )
-        values: dict[str, Any] = {**self.settings}
-        for field, key in self.keys.items():
-            if key in written:
-                values[field] = written[key]
-            elif field == "mlp_dim" and self.mlp_ratio is not None:
-                values[field] = self.mlp_ratio * values["embed_dim"]
-            elif field in _REQUIRED:
-                raise UserError(f"config.json of a {self.model_type} model lacks {key!r}: add it.")
-        values["mlp"] = self._activation(written)
-        if self.biases:
-            values["attention_bias"] = self.biases[bool(written.get("attention_bias"))]
+        for key in _NONE_IF_NULL:
+            if key in config and config[key] is None:
+                written.pop(key, None)
+        model = build(ModelConfig, self._plain(written), _READ_AS.format("model"))
+        nested: dict[str, Any] = {}
         if self.windows is not None:
-            values |= _windows(self.windows(written, values["num_layers"]), written)
+            nested |= _windows(self.windows(written, model.num_layers), written)
         if self.experts is not None:
-            values |= self._experts(written)
-        if values.get("position") != "learned":
-            rope = read_rope(written, self.theta)
-            if self.fraction is not None:
-                rope = dataclasses.replace(rope, fraction=read_fraction(written, self.fraction))
-            values["rope"] = rope
-            if self.local_theta is not None and values.get("window") is not None:
-                values["local_rope"] = read_local_rope(written, self.local_theta)
-            if rope.scaling in ("dynamic", "yarn") and rope.original_length:
-                reach = round(rope.factor * rope.original_length)
-                values["max_length"] = max(values["max_length"], reach)
+            nested |= self._experts(written)
+        if model.position == "rotary":
+            nested |= self._ropes(written, model.max_length, nested.get("window"))
+        model = dataclasses.replace(model, **nested)
         # What a key says and what is its default here are one architecture.
-        model = ModelConfig(**values)
-        if values.get("head_dim") == model.embed_dim / model.num_heads:
-            model = dataclasses.replace(model, head_dim=None)
-        if values.get("num_kv_heads") == model.num_heads:
-            model = dataclasses.replace(model, num_kv_heads=None)
-        if values.get("query_pre_attention_scalar") == model.resolved_head_dim:
-            model = dataclasses.replace(model, query_pre_attention_scalar=None)
-        return model
+        same: dict[str, Any] = {
+            "head_dim": model.embed_dim / model.num_heads,
+            "num_kv_heads": model.num_heads,
+            "query_pre_attention_scalar": model.resolved_head_dim,
+        }
+        given: dict[str, Any] = {
+            name: None for name, value in same.items() if getattr(model, name) == value
+        }
+        return dataclasses.replace(model, **given)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The fields of config.json that describe an architecture; `read` gives it back.
@@ -149,6 +141,8 @@ class Family:
                 model.query_pre_attention_scalar or model.resolved_head_dim
             ),
         )
+        if self.whole_heads and model.embed_dim % model.num_heads:
+            raise UserError(f"{self.model_type} models have an embed_dim that num_heads divides.")
         config: dict[str, Any] = {
             "model_type": self.model_type,
             **{key: getattr(model, field) for field, key in self.keys.items()},
@@ -180,14 +174,49 @@ class Family:
                 config["rope_local_base_freq"] = model.local_rope.theta
         return config
 
+    def _refuse(self, config: Json) -> None:
+        for key, understood in self.refused.items():
+            if config.get(key, understood[0]) not in understood:
+                raise UserError(
+                    f"config.json has {key}={config[key]!r}, and of {self.model_type} models only "
+                    f"{' or '.join(map(repr, understood))} is understood."
+                )
+
+    def _plain(self, written: Json) -> dict[str, Any]:
+        """The fields of `ModelConfig` that keys say alone."""
+        values: dict[str, Any] = {**self.settings, "mlp": self._activation(written)}
+        for field, key in self.keys.items():
+            if key in written:
+                values[field] = written[key]
+            elif field == "mlp_dim" and self.mlp_ratio is not None:
+                values[field] = self.mlp_ratio * values["embed_dim"]
+            elif field in _REQUIRED:
+                raise UserError(f"config.json of a {self.model_type} model lacks {key!r}: add it.")
+        if self.biases:
+            values["attention_bias"] = self.biases[bool(written.get("attention_bias"))]
+        return values
+
     def _activation(self, written: Json) -> str:
         key, meanings = self.activations
-        name = written.get(key, next(iter(meanings)))
+        name = str(written.get(key, next(iter(meanings))))
         if name not in meanings:
             raise UserError(
                 f"config.json has {key}={name!r}, which is unknown.{did_you_mean(name, meanings)}"
             )
         return meanings[name]
+
+    def _ropes(self, written: Json, positions: int, window: int | None) -> dict[str, Any]:
+        rope = read_rope(written, self.theta)
+        if self.scalings is not None and rope.scaling not in self.scalings:
+            raise UserError(f"{self.model_type} models have no RoPE scaling {rope.scaling!r}.")
+        if self.fraction is not None:
+            rope = dataclasses.replace(rope, fraction=read_fraction(written, self.fraction))
+        values: dict[str, Any] = {"rope": rope}
+        if self.local_theta is not None and window is not None:
+            values["local_rope"] = read_local_rope(written, self.local_theta)
+        if rope.scaling in ("dynamic", "yarn") and rope.original_length:
+            values["max_length"] = max(positions, round(rope.factor * rope.original_length))
+        return values
 
     def _experts(self, written: Json) -> dict[str, Any]:
         assert self.experts is not None
@@ -196,12 +225,15 @@ class Family:
         experts = written.get(number, written.get("num_experts", written.get("num_local_experts")))
         if experts is None or width not in written:
             raise UserError(f"config.json lacks {number!r} or {width!r}: add it.")
-        moe = MoeConfig(
-            num_experts=experts,
-            experts_per_token=written["num_experts_per_tok"],
-            normalize_weights=written.get("norm_topk_prob", True),
-        )
-        return {"moe": moe, "mlp_dim": written[width]}
+        settings = {
+            "num_experts": experts,
+            "experts_per_token": written["num_experts_per_tok"],
+            "normalize_weights": written.get("norm_topk_prob", True),
+        }
+        return {
+            "moe": build(MoeConfig, settings, _READ_AS.format("model.moe")),
+            "mlp_dim": written[width],
+        }
 
 
 def _windows(kinds: list[LayerKind], written: Json) -> dict[str, Any]:

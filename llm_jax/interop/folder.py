@@ -85,9 +85,19 @@ class PublishedFolder:
     def tokenizer(self) -> Tokenizer:
         """
         Raises:
-          UserError: the folder holds none, or a damaged one.
+          UserError: the folder holds none, a damaged one, or that of another model.
         """
-        return read_tokenizer(self.path)
+        tokenizer = read_tokenizer(self.path)
+        rows = self.model.vocab_size or 0
+        # Special tokens alone may lie past the table, as those of images do in a text model.
+        past = set(range(rows, tokenizer.vocab_size)) - set(tokenizer.specials.values())
+        ends = (tokenizer.bos_id, tokenizer.pad_id, *tokenizer.eos_ids)
+        if past or max(ends) >= rows:
+            raise UserError(
+                f"the tokenizer in {self.path} has {tokenizer.vocab_size} tokens and the model's "
+                f"table {rows} rows: they do not belong together."
+            )
+        return tokenizer
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint with these weights says of itself."""
@@ -142,6 +152,11 @@ def open_folder(path: str | Path, scan_layers: bool = False) -> PublishedFolder:
     if not path.is_dir():
         raise UserError(f"{path} is no folder: name one with config.json and safetensors files.")
     whole = _read_json(path / CONFIG_FILE)
+    if "model_type" not in whole:
+        raise UserError(
+            f"{path} is no Hugging Face folder: its config.json has no model_type. (A run is named "
+            "by --workdir, --base or config.init_from.)"
+        )
     config = {**text_config(whole)}
     if config.get("quantization_config") or whole.get("quantization_config"):
         raise UserError(f"{path} holds quantised weights: take the model's unquantised release.")
@@ -170,6 +185,11 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: name a folder with it.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: download it again.")
+    return content

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm_jax import checkpoint
-from llm_jax.data.tokenizers import Tokenizer
-from llm_jax.errors import UserError, disk_errors
+from llm_jax.errors import disk_errors
 from llm_jax.interop import tensors
-from llm_jax.interop.folder import PublishedFolder, open_folder
+from llm_jax.interop.folder import open_folder
 from llm_jax.interop.tokenizer_files import has_tokenizer
 from llm_jax.runs import check_new, write_json
 
@@ -36,16 +35,16 @@ def import_folder(
     workdir = Path(workdir)
     check_new(workdir, "--workdir")
     folder = open_folder(path, scan_layers)
-    leaves = folder.leaves
+    # All that may be wrong with the folder comes to light before anything is written.
+    leaves, meta = folder.leaves, folder.meta()
+    tokenizer = folder.tokenizer() if has_tokenizer(folder.path) else None
     with disk_errors(workdir, DISK_MEND):
-        if has_tokenizer(folder.path):
-            tokenizer = folder.tokenizer()
-            _check_vocabulary(folder, tokenizer)
+        if tokenizer is not None:
             tokenizer.save(workdir / "tokenizer")
         else:
             log(f"{path} holds no tokenizer: the run takes and gives token ids alone.")
         parameters = tensors.deferred(folder.tensors, leaves)
-        checkpoint.write_streamed(workdir, STEP, parameters, folder.meta())
+        checkpoint.write_streamed(workdir, STEP, parameters, meta)
         finish(workdir, {"init_from_hf": str(path), "scan_layers": scan_layers})
 
 
@@ -53,15 +52,3 @@ def finish(workdir: Path, config: dict[str, object]) -> None:
     """Writes what makes the folder a run, last: without it nothing takes it for one."""
     write_json(workdir / "result.json", {"status": "finished", "stage": "import", "step": STEP})
     write_json(workdir / "config.json", config)
-
-
-def _check_vocabulary(folder: PublishedFolder, tokenizer: Tokenizer) -> None:
-    """Special tokens alone may lie past the table, as those of images do in a text model."""
-    rows = folder.model.vocab_size or 0
-    past = set(range(rows, tokenizer.vocab_size)) - set(tokenizer.specials.values())
-    past |= {id_ for id_ in (tokenizer.bos_id, tokenizer.pad_id, *tokenizer.eos_ids) if id_ >= rows}
-    if past:
-        raise UserError(
-            f"the tokenizer in {folder.path} has {tokenizer.vocab_size} tokens and the model's "
-            f"table {rows} rows: they do not belong together."
-        )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llm_jax.config import build
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.models.rope import RopeConfig
 
@@ -57,29 +58,36 @@ def read_rope(config: Mapping[str, Any], default_theta: float) -> RopeConfig:
     Raises:
       UserError: a scaling that is unknown or lacks a field.
     """
-    newer = config.get("rope_parameters") or {}
+    newer = _mapping(config, "rope_parameters")
     newer = newer.get("full_attention", newer)
-    written = {**(config.get("rope_scaling") or {}), **newer}
+    written = {**_mapping(config, "rope_scaling"), **newer}
     theta = written.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
-    return _read(written, config, default_theta if theta is None else float(theta))
+    return _read(written, config, default_theta if theta is None else theta)
 
 
 def read_fraction(config: Mapping[str, Any], default: float) -> float:
     """The share of a head's dimensions that is rotated."""
-    written = config.get("rope_parameters") or {}
+    written = _mapping(config, "rope_parameters")
     key = "partial_rotary_factor"
-    return float(written.get(key, config.get(key, config.get("rotary_pct", default))))
+    return written.get(key, config.get(key, config.get("rotary_pct", default)))
 
 
 def read_local_rope(config: Mapping[str, Any], default_theta: float) -> RopeConfig:
     """The RoPE of the layers with a window, where they have one of their own (Gemma 3)."""
-    written = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    written = _mapping(config, "rope_parameters").get("sliding_attention") or {}
     theta = written.get("rope_theta", config.get("rope_local_base_freq"))
-    return _read(written, config, default_theta if theta is None else float(theta))
+    return _read(written, config, default_theta if theta is None else theta)
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json has {key}={value!r}, where an object is wanted: mend it.")
+    return value
 
 
 def _read(written: Mapping[str, Any], config: Mapping[str, Any], theta: float) -> RopeConfig:
-    kind = written.get("rope_type", written.get("type", "default"))
+    kind = str(written.get("rope_type", written.get("type", "default")))
     kind = {"su": "longrope"}.get(kind, kind)  # its name in the first files that have it
     if kind not in _FIELDS:
         raise UserError(
@@ -98,15 +106,13 @@ def _read(written: Mapping[str, Any], config: Mapping[str, Any], theta: float) -
         values.setdefault("factor", (positions or 0) / values["original_length"])
     if kind == "yarn" and written.get("mscale") and written.get("mscale_all_dim"):
         values.setdefault("attention_factor", _mscale_ratio(values["factor"], written))
-    for name in ("short_factors", "long_factors"):
-        if name in values:
-            values[name] = tuple(map(float, values[name]))
     missing = [
         theirs for theirs, ours in fields.items() if theirs == "factor" and ours not in values
     ]
     if missing:
         raise UserError(f"config.json: RoPE of type {kind!r} lacks {missing[0]!r}: add it.")
-    return RopeConfig(scaling=scaling, theta=theta, **values)
+    settings = {"scaling": scaling, "theta": theta, **values}
+    return build(RopeConfig, settings, "config.json, read as rope")
 
 
 def _mscale_ratio(factor: float, written: Mapping[str, Any]) -> float:

@@ -53,7 +53,9 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> bytes:
     for piece in proto.pieces:
         if piece.type in (_CONTROL, _USER_DEFINED):
             special = piece.type == _CONTROL
-            made.add_tokens([AddedToken(piece.piece, normalized=False, special=special)])
+            # Text holds spaces where the piece holds their mark, until it is normalised.
+            normalized = not special and _SPACE in piece.piece
+            made.add_tokens([AddedToken(piece.piece, normalized=normalized, special=special)])
     if tokenizer.document_start:
         made.post_processor = start_with(tokenizer.special_tokens["bos"], made)
     return made.to_str(pretty=True).encode()

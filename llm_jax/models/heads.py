@@ -6,6 +6,7 @@ Legend: B batch, K responses, T time, D embed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from llm_jax.types import Batch
 
 REWARD = "reward_head"
 VALUE = "value_head"
+HEADS = (REWARD, VALUE)
 CRITIC = "critic"  # where the parameters of a critic stand that is a model of its own
 
 
@@ -27,6 +29,13 @@ def init_reward_head(rng: jax.Array, embed_dim: int) -> dict[str, Any]:
     """
     kernel = jax.random.normal(rng, (embed_dim, 1)) / math.sqrt(embed_dim + 1)
     return {REWARD: {"kernel": Named(kernel, ("embed", "head_output"))}}
+
+
+def init_heads(rng: jax.Array, names: Sequence[str], embed_dim: int) -> dict[str, Any]:
+    """Fresh heads of these names, in boxes."""
+    heads = {REWARD: lambda: init_reward_head(rng, embed_dim),
+             VALUE: lambda: init_value_head(embed_dim)}  # fmt: skip
+    return {name: tree for head in names for name, tree in heads[head]().items()}
 
 
 def rewards(

@@ -215,7 +215,8 @@ class Transformer(nn.Module):
             init = nn.initializers.normal(0.01)
             shape = (config.max_length, D)
             table = parameter(self, "position_embedding", init, ("positions", "embed"), shape)
-            x_BTD += jnp.take(table.astype(config.dtype), positions_BT, axis=0)
+            # Padding may stand past the table; a row of NaNs there would reach all other rows.
+            x_BTD += jnp.take(table.astype(config.dtype), positions_BT, axis=0, mode="clip")
             x_BTD = constrain(x_BTD, *RESIDUAL_AXES)
         if config.neftune_alpha and self.has_rng("dropout"):
             x_BTD += _embedding_noise(

@@ -193,7 +193,8 @@ class KLConfig:
             )
         if self.target is not None and not self.coefficient:
             raise UserError(
-                "config.kl.coefficient=0 never moves: make it positive, or leave config.kl.target out."
+                "config.kl.coefficient=0 never moves towards a target: make it positive, or leave "
+                "config.kl.target out."
             )
         if self.horizon < 1:
             raise UserError(f"config.kl.horizon={self.horizon} must be at least 1.")

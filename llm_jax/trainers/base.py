@@ -85,7 +85,10 @@ class Source(Protocol):
         """Turns to the batches of `phase`, whose step 0 is the global step `first_step`."""
 
     def next(self, params: Any, step: int) -> Any:
-        """The batch of the global step `step`, as global jax.Arrays on the mesh."""
+        """The batch of the global step `step`, as global jax.Arrays on the mesh.
+
+        `params` are all parameters, frozen ones too; the step that follows uses up their buffers.
+        """
 
     def progress(self, step: int) -> dict[str, float]:
         """What to log about how far the source has been read, such as `epoch`."""

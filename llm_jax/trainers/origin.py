@@ -16,6 +16,7 @@ from llm_jax.config import build
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import is_published
 from llm_jax.models import ModelConfig
+from llm_jax.models.heads import REWARD
 from llm_jax.stored import Base, Stored, at, read_base
 from llm_jax.weights import init_trained, init_weights, quantized, without_heads
 
@@ -38,7 +39,7 @@ class Origin:
         `config.init_from_hf`, (3) the run `config.init_from`, (4) None: from scratch.
 
         Raises:
-          UserError: no such run or folder, or one with a head that is not among `heads`.
+          UserError: no such run or folder, or a reward model that the stage has no use for.
         """
         own = checkpoint.newest_meta(workdir)
         if own is not None:
@@ -58,11 +59,11 @@ class Origin:
             stored = at(*checkpoint.locate(config.init_from))
         else:
             return None
-        lost = set(stored.heads) - set(heads)
-        if lost:
+        # A critic's head is of no use to other stages; a reward model is no language model.
+        if REWARD in stored.heads and REWARD not in heads:
             raise UserError(
-                f"{stored.path} is a model with {', '.join(sorted(lost))}, and stage "
-                f"{config.trainer!r} has no use for that: start from the run that it was made from."
+                f"{stored.path} is a model with {REWARD}, and stage {config.trainer!r} has no use "
+                "for that: start from the language model that it was made from."
             )
         return Origin(stored, is_own=False, lineage=stored.lineage)
 

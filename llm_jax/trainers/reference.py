@@ -17,14 +17,66 @@ from llm_jax.data.preferences import PreferenceRows
 from llm_jax.data.store import DISK_MEND, default_cache_dir
 from llm_jax.errors import UserError, disk_errors
 from llm_jax.evals.batching import padded_batches, to_host
-from llm_jax.models import LanguageModel, ModelConfig
+from llm_jax.models import LanguageModel, ModelConfig, lora
 from llm_jax.objectives.logprobs import response_logprobs
 from llm_jax.sharding import batch_shards
 from llm_jax.stored import at
 from llm_jax.trainers.foundation import Foundation
+from llm_jax.weights import without_heads
 
 REFERENCE_VERSION = 1  # part of every cache key: raise it when equal inputs give other numbers
 BATCH_TOKENS = 4096  # of the sequences that are read at once, on each batch shard
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferencePolicy:
+    """The model that a policy is not to go far from: the one that its stage starts from.
+
+    own: its weights on the mesh, without heads; None where it is the policy without its adapters.
+    """
+
+    model: LanguageModel
+    own: Any
+
+    def weights(self, params: Any) -> Any:
+        """Its weights, given the parameters of the policy."""
+        return without_heads(lora.split(params)[1]) if self.own is None else self.own
+
+
+def reference_policy(ground: Foundation) -> tuple[Foundation, ReferencePolicy]:
+    """The reference, and the ground with what checkpoints have to say of it.
+
+    Raises:
+      UserError: the run that the stage started from has other weights by now.
+    """
+    origin = ground.origin
+    assert origin is not None
+    known = origin.meta["reference"] if origin.is_own else None
+    model = dataclasses.replace(ground.model, lora=None)
+    if known is not None:  # the phases of this run may have changed its own RoPE since
+        model = build(ModelConfig, known["model"], "meta.reference.model")
+    base = ground.weights.base
+    own = None
+    if base is not None:
+        identity = base.fingerprint
+    else:
+        whole, identity = _read_start(ground)
+        own = without_heads(whole)
+        if known is not None and identity != known["weights"]:
+            raise UserError(
+                f"{ground.lineage[-1]['run']} has other weights than those that this run began "
+                "with: put them back, or start again in another --workdir."
+            )
+    meta = {"reference": {"weights": identity, "model": resolved(model)}}
+    ground = dataclasses.replace(ground, more_meta={**ground.more_meta, **meta})
+    return ground, ReferencePolicy(LanguageModel(model), own)
+
+
+def _read_start(ground: Foundation) -> tuple[Any, str]:
+    """What the stage before left, merged, and its identity."""
+    before = ground.lineage[-1]
+    stored = at(before["run"], before["step"], ground.model.scan_layers)
+    return stored.read_merged(ground.mesh)
 
 
 class Reference:
@@ -92,7 +144,7 @@ class Reference:
         """A hash of the weights."""
         base = self._ground.weights.base
         if base is None:
-            self._weights, identity = self._read_origin()
+            self._weights, identity = _read_start(self._ground)
             return identity
         return digest([base.fingerprint, base.quantized]) if base.quantized else base.fingerprint
 
@@ -106,7 +158,7 @@ class Reference:
         if self._ground.weights.base is not None:
             return self._ground.weights.frozen
         if self._weights is None:
-            self._weights, identity = self._read_origin()
+            self._weights, identity = _read_start(self._ground)
             if identity != self._fingerprint:
                 before = self._ground.lineage[-1]
                 raise UserError(
@@ -115,11 +167,6 @@ class Reference:
                     "again in another --workdir."
                 )
         return self._weights
-
-    def _read_origin(self) -> tuple[Any, str]:
-        before = self._ground.lineage[-1]
-        stored = at(before["run"], before["step"], self._ground.model.scan_layers)
-        return stored.read_merged(self._ground.mesh)
 
 
 def _read_values(path: Path, count: int) -> np.ndarray | None:

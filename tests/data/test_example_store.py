@@ -198,6 +198,14 @@ def test_a_conversation_is_nothing_to_compare(write, build):
         build(comparison_stores, write([question(1), question(2)]))
 
 
+@pytest.mark.parametrize("function", [conversation_stores, comparison_stores])
+def test_a_prompt_alone_teaches_nothing(write, build, function):
+    config = write([{"prompt": "one?"}, {"prompt": "two?"}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the row is a prompt without an answer"):
+        build(function, config)
+    assert list(texts_of(config)) == ["one?", "two?"]
+
+
 # --- the split ------------------------------------------------------------------------------------
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -55,6 +56,16 @@ def test_place_and_split_text_go_into_every_example():
     assert [split_text(e) for e in parse(fields, "self_instruct", "")] == ["own", "own"]
 
 
+def test_an_example_carries_its_row_and_is_the_same_without_it():
+    fields = {"instruction": Q, "instances": [{"output": A}, {"output": B}], "level": 3}
+    first, second = parse(fields, "self_instruct", "")
+    assert first.row == second.row == fields
+    assert first == dataclasses.replace(first, row={}) and "level" not in repr(first)
+    (pair,) = parse({"prompt": Q, "chosen": A, "rejected": B, "safe": True}, "preference", "")
+    assert as_conversation(pair).row["safe"] is True
+    assert pair == dataclasses.replace(pair, row={})
+
+
 def test_only_formats_that_describe_tools_read_them():
     tools = [{"name": "weather"}]
     rows = {
@@ -97,6 +108,10 @@ def test_only_formats_that_describe_tools_read_them():
         ("system_prompt question response", "openorca"),
         ("inputs targets text", "flan"),
         ("label text", "text"),
+        ("prompt text", "text"),
+        ("prompt answer ground_truth", "prompt"),
+        ("question ground_truth", "prompt"),
+        ("problem solution", "prompt"),
     ],
 )
 def test_rows_that_share_fields_are_told_apart(fields, name):
@@ -252,5 +267,6 @@ def test_only_a_good_unpaired_answer_is_imitated():
     good, bad = (Comparison((user(Q),), ((assistant(A),),), (score,)) for score in (1.0, 0.0))
     assert as_conversation(good).messages == QA
     assert as_conversation(bad) is None
+    assert as_conversation(Comparison((user(Q),), (), ())) is None
     dialogue = Conversation(QA)
     assert as_conversation(dialogue) is dialogue

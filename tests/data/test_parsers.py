@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -208,6 +209,12 @@ ROWS = {
         ),
         (dict(question=Q, ground_truth=A, large=judged("Right.", True)), []),
     ],
+    "prompt": [
+        (dict(prompt=Q, ground_truth=A), [answers([user(Q)])]),
+        (dict(problem=Q, answer=A), [answers([user(Q)])]),
+        (dict(question=Q), [answers([user(Q)])]),
+        (dict(prompt=BRIEF + ASKED), [answers([SYSTEM, user(Q)])]),
+    ],
 }
 CASES = [
     pytest.param(name, fields, wanted, id=f"{name}-{number}")
@@ -240,8 +247,7 @@ def test_json_lines_and_parquet_hold_the_same_examples(tmp_path, name, fields, w
         found = list(read_examples(SourceConfig(source=str(path))))
         places = [f"{path}:{row}" for row in (1, 2) for _ in wanted]
         assert [example.where for example in found] == places
-        without_place = [(type(e), {**vars(e), "where": ""}) for e in found]
-        assert without_place == [(type(e), vars(e)) for e in wanted] * 2
+        assert [dataclasses.replace(example, where="") for example in found] == wanted * 2
 
 
 @pytest.mark.parametrize(
@@ -303,6 +309,10 @@ def test_json_lines_and_parquet_hold_the_same_examples(tmp_path, name, fields, w
         (dict(prompt=Q, responses=[A, " "], ranks=[1, 2]), "answer 2: turn 2 (assistant)"),
         (dict(prompt=Q, responses=[A, B, A], ranks=[1, 2, 2]), "answer 3 equals another one"),
         (dict(instruction=Q, completions=[dict(overall_score=1.0)]), "no field 'response'"),
+        # prompt
+        (dict(prompt=" "), "turn 1 (user) is empty"),
+        (dict(prompt=None), "'prompt' is null"),
+        (dict(prompt=ASKED + ANSWER_A), "the prompt ends with role 'assistant'"),
         # gsm8k_solutions
         (dict(question=Q, ground_truth=A, x=judged(B, "?")), "'is_correct' is '?'"),
         (dict(question=Q, ground_truth=A, x=judged("", False)), "answer 2: turn 2 (assistant)"),

@@ -14,7 +14,9 @@ from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import is_published, open_folder
+from llm_jax.interop.importer import import_folder
 from llm_jax.interop.safetensors_files import TensorFolder
+from llm_jax.interop.tokenizer_files import write_tokenizer
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
@@ -326,15 +328,45 @@ def test_a_plan_needs_neither_weights_nor_devices(capsys):
     assert "on 2 chips (fsdp 2)" in shown and "layers/block_0/mlp/down/kernel" in shown
 
 
-def test_a_tokenizer_larger_than_the_table_is_refused(trained, tmp_path):
-    folder = tmp_path / "source"
+@pytest.fixture
+def mismatched(trained, tmp_path):
+    """A folder whose tokenizer has more tokens than its model has rows."""
+    folder = tmp_path / "mismatched"
     shutil.copytree(FOLDERS / "llama", folder)
-    shutil.copy(trained / "tokenizer" / "special_tokens.json", folder)
-    from llm_jax.interop.tokenizer_files import write_tokenizer
-
     write_tokenizer(load_run(str(trained)).tokenizer, None, folder)
-    with pytest.raises(UserError, match="has 264 tokens and the model's table 97 rows"):
-        from llm_jax.interop.importer import import_folder
+    return folder
 
-        import_folder(folder, tmp_path / "run", print)
+
+def test_a_tokenizer_larger_than_the_table_is_refused(mismatched, chats, run_on, tmp_path):
+    with pytest.raises(UserError, match="has 264 tokens and the model's table 97 rows"):
+        import_folder(mismatched, tmp_path / "run", print)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="has 264 tokens and the model's table 97 rows"):
+        run_on(1, sft(chats, init_from_hf=str(mismatched)), tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_read_whole_leaves_no_run(published, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(published, folder)
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    assert main(["tools.convert", "import", f"--hf={folder}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_ends_of_generations_are_kept(published, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(published, folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [257, 5]}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert("import", f"--hf={folder}", f"--workdir={tmp_path / 'run'}")
+    assert set(load_run(str(tmp_path / "run")).tokenizer.eos_ids) >= {257, 5}
+    convert("export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert set(written["eos_token_id"]) >= {257, 5}
+
+
+def test_a_plan_of_layers_that_no_pattern_divides(capsys):
+    convert("plan", f"--hf={FOLDERS / 'gemma3_text'}", "--mesh=fsdp=1")
+    assert "layer_*/mlp/down/kernel" in capsys.readouterr().out

@@ -176,6 +176,42 @@ def test_a_family_reads_what_it_writes(name):
     assert family_for(folder.model, folder.family.model_type) is folder.family
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "field", "absent", "null"),
+    [
+        ("gemma2", "attn_logit_softcapping", "attention_soft_cap", 50.0, None),
+        ("gemma2", "final_logit_softcapping", "logits_soft_cap", 30.0, None),
+        ("mistral", "sliding_window", "window", 4096, None),
+        ("llama_bias", "num_key_value_heads", "num_kv_heads", None, None),
+        ("gpt2", "n_inner", "mlp_dim", 128, 128),
+    ],
+)
+def test_keys_that_are_absent_or_null_mean_what_they_mean_in_transformers(
+    name, key, field, absent, null
+):
+    config = json.loads((FOLDERS / name / "config.json").read_text())
+    family = FAMILIES[config["model_type"]]
+    without = {k: v for k, v in config.items() if k != key}
+    assert getattr(family.read(without), field) == absent
+    assert getattr(family.read({**config, key: None}), field) == null
+
+
+def test_a_family_is_given_only_what_its_readers_know():
+    yarn = RopeConfig(scaling="yarn", factor=2.0, original_length=64)
+    assert family_for(ModelConfig(vocab_size=64, rope=yarn), "phi3").model_type == "llama"
+    wide = ModelConfig(vocab_size=64, embed_dim=100, num_heads=3, head_dim=32)
+    assert family_for(wide).model_type == "mistral"
+    capped = ModelConfig(vocab_size=64, qk_norm="head", norm_plus_one=True, scale_embeddings=True,
+                         norm_placement="both", mlp="geglu", attention_soft_cap=5.0)  # fmt: skip
+    with pytest.raises(UserError, match="no published family"):
+        family_for(capped)
+
+
+def test_how_far_rotary_positions_reach_is_nothing_to_a_family():
+    rope = RopeConfig(scaling="dynamic", factor=2.0, original_length=64)
+    assert family_for(ModelConfig(vocab_size=64, rope=rope)).model_type == "llama"
+
+
 def test_a_run_from_scratch_finds_a_family():
     plain = ModelConfig(vocab_size=64)
     assert family_for(plain).model_type == "llama"
@@ -212,6 +248,17 @@ def changed(tmp_path):
         ("llama", {"hidden_size": "gone"}, "lacks 'hidden_size'"),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "RoPE of type 'spiral'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantised weights"),
+        ("llama", {"hidden_size": "32"}, "model.embed_dim='32' is of the wrong type"),
+        ("llama", {"num_hidden_layers": 2.0}, "model.num_layers=2.0 is of the wrong type"),
+        ("llama", {"tie_word_embeddings": "no"}, "model.tie_embeddings='no'"),
+        ("llama", {"hidden_act": ["silu"]}, "hidden_act=.*is unknown"),
+        ("llama", {"rope_parameters": "yarn"}, "rope_parameters='yarn', where an object is wanted"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "rope.factor='x'"),
+        ("llama", {"text_config": "x"}, "a text_config that is no object"),
+        ("mixtral", {"num_experts_per_tok": 2.5}, "model.moe.experts_per_token=2.5"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "no RoPE scaling"),
+        ("llama", {"model_type": "gone"}, "is no Hugging Face folder"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -241,7 +288,7 @@ def test_tensors_that_do_not_fit_are_named(keys, message, changed):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is not there"):
         open_folder(tmp_path)
 
 

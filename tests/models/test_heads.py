@@ -1,4 +1,4 @@
-"""The reward head: where rewards are read, in which precision, and how it begins."""
+"""Reward and value heads: where they are read, in which precision, and how they begin."""
 
 import dataclasses
 import functools
@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from llm_jax.models import LanguageModel, ModelConfig
-from llm_jax.models.heads import REWARD, init_reward_head, rewards
+from llm_jax.models.heads import (
+    REWARD,
+    VALUE,
+    init_reward_head,
+    init_value_head,
+    rewards,
+    values,
+)
 from llm_jax.sharding import unbox
 from llm_jax.types import Batch
 
@@ -132,3 +139,38 @@ def test_the_head_begins_as_in_stiennon_et_al():
     assert abs(kernel.mean()) < 0.02 * deviation
     few = [unbox(init_reward_head(jax.random.key(s), 3))[REWARD]["kernel"] for s in range(2000)]
     assert np.std(few) == pytest.approx(1 / 2, rel=0.04), "1 / sqrt(d + 1), not 1 / sqrt(d)"
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_values_are_the_head_on_every_position_and_see_nothing_later():
+    model, params = make()
+    kernel = params[REWARD]["kernel"]
+    params |= {VALUE: {"kernel": 2 * kernel}}
+    batch = jax.tree.map(lambda x: x[0], make_responses())
+    function = jax.jit(functools.partial(values, model))
+    found = function(params, batch)
+    assert (found.shape, found.dtype) == ((2, TIME), jnp.float32)
+    for row, length in enumerate(LENGTHS[0]):
+        hidden, _ = model.apply(params, batch.tokens[row : row + 1, :length])
+        np.testing.assert_allclose(found[row, :length], 2 * hidden[0] @ kernel[:, 0], atol=1e-4)
+    tokens = batch.tokens.copy()
+    tokens[1, 4] = (tokens[1, 4] + 7) % 32
+    moved = np.abs(function(params, batch.replace(tokens=tokens)) - found) > 1e-4
+    assert np.argwhere(moved)[:, 0].min() == 1 and np.argwhere(moved)[:, 1].min() == 4
+
+
+def test_a_critic_that_has_learnt_nothing_expects_0():
+    model, params = make()
+    params |= unbox(init_value_head(CONFIG.embed_dim))
+    batch = jax.tree.map(lambda x: x[0], make_responses())
+    assert init_value_head(16)[VALUE]["kernel"].names == ("embed", "head_output")
+
+    def total(params):
+        found = values(model, params, batch)
+        return jnp.sum(jnp.square(found - 1)), found
+
+    gradient, found = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert found.dtype == jnp.float32 and not np.any(found)
+    assert np.any(gradient[VALUE]["kernel"]), "it learns"

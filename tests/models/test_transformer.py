@@ -278,3 +278,15 @@ def test_vocabulary_and_length_are_checked():
     check_length(config, 64)
     with pytest.raises(UserError, match="length 65 is past the positions"):
         check_length(config, 65)
+
+
+def test_padding_past_the_table_of_positions_reaches_no_token():
+    config = dataclasses.replace(CONFIG, position="learned", max_length=6)
+    model = LanguageModel(config)
+    params = unbox(model.init(jax.random.key(0)))
+    tokens = jnp.arange(10)[None] % 61
+    segment_ids = (jnp.arange(10) < 5).astype(jnp.int32)[None]
+    padded, _ = model.apply(params, tokens, segment_ids=segment_ids)
+    alone, _ = model.apply(params, tokens[:, :5])
+    np.testing.assert_allclose(padded[:, :5], alone, atol=1e-5)
+    assert np.isfinite(padded).all()

@@ -44,18 +44,21 @@ def _model(values: flags.FlagValues) -> ModelConfig:
     if values.hf is not None:
         from llm_jax.interop.folder import open_folder
 
-        return open_folder(values.hf, values.scan_layers).model
-    from llm_jax.models.presets import PRESETS
-
-    if values.preset not in PRESETS:
-        raise UserError(
-            f"--preset={values.preset} is unknown.{did_you_mean(values.preset, PRESETS)}"
-        )
-    model = PRESETS[values.preset]
-    if model.vocab_size is None:
-        raise UserError(f"--preset={values.preset} has no vocabulary of its own: name another.")
+        model = open_folder(values.hf).model
+    else:
+        model = _preset(values.preset)
     whole = model.num_layers % len(model.windows) == 0
     return dataclasses.replace(model, scan_layers=values.scan_layers and whole)
+
+
+def _preset(name: str) -> ModelConfig:
+    from llm_jax.models.presets import PRESETS
+
+    if name not in PRESETS:
+        raise UserError(f"--preset={name} is unknown.{did_you_mean(name, PRESETS)}")
+    if PRESETS[name].vocab_size is None:
+        raise UserError(f"--preset={name} has no vocabulary of its own: name another.")
+    return PRESETS[name]
 
 
 def _mesh(text: str) -> MeshConfig:

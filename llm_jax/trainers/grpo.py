@@ -1,0 +1,110 @@
+"""Group-relative policy optimisation: answers to one prompt, judged against one another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from llm_jax.data.phases import Phase
+from llm_jax.errors import UserError
+from llm_jax.models import LanguageModel
+from llm_jax.objectives import grpo
+from llm_jax.rl.advantages import group_advantages, overlong_penalty
+from llm_jax.trainers import foundation, on_policy
+from llm_jax.trainers.base import Trainer
+from llm_jax.trainers.on_policy import Round
+from llm_jax.trainers.reference import reference_policy
+from llm_jax.types import RolloutBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """How scores become advantages."""
+
+    # What a group's centred scores are divided by: its deviation, that of the round, or nothing
+    # (Dr. GRPO).
+    scale: Literal["std", "batch", "none"] = "std"
+    # Tokens before the limit over which a completion loses up to one point (DAPO); None: none.
+    overlong_buffer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(on_policy.OnPolicyConfig):
+    """The config of `trainer = "grpo"`."""
+
+    trainer: str = "grpo"
+    loss: grpo.LossConfig = grpo.LossConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLearner:
+    """Advantages within groups; it has no state."""
+
+    config: GRPOConfig
+
+    def learn(self, params: Any, round: Round) -> tuple[RolloutBatch, dict[str, float]]:
+        del params
+        config, scores = self.config, round.scores
+        if config.advantage.overlong_buffer is not None:
+            scores = scores + overlong_penalty(
+                round.rollouts.lengths,
+                config.rollout.max_new_tokens,
+                config.advantage.overlong_buffer,
+            )
+        groups = group_advantages(
+            scores.reshape(-1, config.rollout.samples), config.advantage.scale
+        )
+        sequences, old_logprobs = on_policy.masked(
+            round.rollouts.sequences, round.rollouts.logprobs, scores
+        )
+        spread = np.broadcast_to(groups.advantages.reshape(-1, 1), old_logprobs.shape)
+        batch = RolloutBatch(
+            sequences=sequences,
+            old_logprobs=old_logprobs,
+            advantages=np.where(sequences.loss_weights > 0, spread, 0).astype(np.float32),
+            reference_logprobs=round.reference_logprobs,
+        )
+        return batch, {"constant_groups": float(groups.constant.mean())}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], None]) -> Trainer:
+    """Reads the prompts and wires the stage.
+
+    Raises:
+      UserError: whatever in the config or the data does not fit, before anything is written to
+        `workdir`.
+    """
+    if config.rollout.samples < 2:
+        raise UserError(
+            "config.rollout.samples=1 makes groups of one, which say nothing: give at least 2."
+        )
+    ground = foundation.lay_for_chats(config, mesh, workdir, log)
+
+    def objective(model: LanguageModel, phase: Phase) -> Any:
+        del phase
+        return grpo.make_objective(
+            model,
+            config.loss,
+            temperature=config.rollout.temperature,
+            max_completion_length=config.rollout.max_new_tokens,
+        )
+
+    ground, reference = reference_policy(ground) if config.loss.beta else (ground, None)
+    wiring = on_policy.Wiring(
+        objective=objective,
+        learner=lambda model, phase: GroupLearner(config),
+        reference=reference,
+    )
+    return on_policy.build(ground, wiring, workdir)
