@@ -35,13 +35,14 @@ class PromptDataConfig(ExampleConfig):
 class Prompt:
     """What an answer is sampled to, and all that is known of a good one.
 
-    ids: the tokens up to where the answer begins. text: what its turns say, with blank lines
-    between them. answer: the reference answer, or None. row: the fields of the source's row, and
-    the reference answer as `ANSWER` where the row has no value of that name.
+    ids: the tokens up to where the answer begins. messages: its turns. text: what they say, with
+    blank lines between them. answer: the reference answer, or None. row: the fields of the source's
+    row, and the reference answer as `ANSWER` where the row has no value of that name.
     """
 
     ids: tuple[int, ...]
     text: str
+    messages: tuple[Message, ...]
     answer: str | None
     row: Mapping[str, Any]
 
@@ -159,6 +160,7 @@ def _prompt(example: Example, template: ChatTemplate, tokenizer: Tokenizer) -> P
     return Prompt(
         ids=tuple(template.render_prompt(turns, example.tools, tokenizer)),
         text="\n\n".join(turn.content for turn in turns),
+        messages=turns,
         answer=answer,
         row=row,
     )

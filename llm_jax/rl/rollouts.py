@@ -52,20 +52,21 @@ class RolloutConfig:
         """Training steps from one round to the next."""
         return self.updates * self.epochs
 
-    def prompts(self, batch: int) -> int:
-        """Prompts of a round, where a step takes `batch` completions.
+    def prompts(self, batch: int, kept: int) -> int:
+        """Prompts of a round, where a step takes `batch` completions and `kept` of each prompt's
+        are trained on.
 
         Raises:
-          UserError: the completions of a round are no whole number of groups.
+          UserError: the completions of a round are no whole number of prompts.
         """
         rows = batch * self.updates
-        if rows % self.samples:
+        if rows % kept:
             raise UserError(
-                f"a round has {rows} completions (the batch of {batch} times config.rollout."
-                f"updates={self.updates}), which is no multiple of config.rollout.samples="
-                f"{self.samples}: make it one."
+                f"a round trains on {rows} completions (the batch of {batch} times config.rollout."
+                f"updates={self.updates}), which is no multiple of the {kept} of each prompt: make "
+                "it one."
             )
-        return rows // self.samples
+        return rows // kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llm_jax.trainers import dpo, grpo, ppo, pretrain, reward, sft
+from llm_jax.trainers import dpo, grpo, ppo, pretrain, rejection_sampling, reward, sft
 from llm_jax.trainers.base import RunConfig, Trainer
 
 
@@ -22,6 +22,9 @@ TRAINERS: dict[str, Stage] = {
     "sft": Stage(sft.SFTConfig, sft.build),
     "reward": Stage(reward.RewardConfig, reward.build),
     "dpo": Stage(dpo.DPOConfig, dpo.build),
+    "rejection_sampling": Stage(
+        rejection_sampling.RejectionSamplingConfig, rejection_sampling.build
+    ),
     "ppo": Stage(ppo.PPOConfig, ppo.build),
     "grpo": Stage(grpo.GRPOConfig, grpo.build),
 }

@@ -62,10 +62,13 @@ class OnPolicyConfig(RunConfig):
 class Round:
     """Rollouts and what is known of them when advantages are made.
 
+    step: the training step at which it begins. prompts: each with `samples` rollouts, in order.
     scores: float32 [batch], NaN where there is none. logprobs: of the policy, float32 [batch,
     time], 0 outside completions. reference_logprobs: the same, None without a reference.
     """
 
+    step: int
+    prompts: Sequence[Prompt]
     rollouts: Rollouts
     scores: np.ndarray
     logprobs: np.ndarray
@@ -87,12 +90,22 @@ class Learner(Protocol):
 class Wiring:
     """What a stage adds: its objective, its learner, and its reference, if it has one.
 
-    objective, learner: for a model and a phase.
+    objective, learner: for a model and a phase. kept: how many completions of each prompt a round
+    trains on; None = all.
     """
 
     objective: Callable[[LanguageModel, Phase], Objective]
     learner: Callable[[LanguageModel, Phase], Learner]
     reference: ReferencePolicy | None = None
+    kept: int | None = None
+
+    def prompts(self, rollout: RolloutConfig, phase: Phase) -> int:
+        """Of a round.
+
+        Raises:
+          UserError: the phase's batch is no whole number of them.
+        """
+        return rollout.prompts(phase.batch, self.kept or rollout.samples)
 
 
 def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
@@ -117,7 +130,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
             f"prompt in rows of {shortest} tokens: lower it, or give the phase a greater length."
         )
     for phase in phases:
-        config.rollout.prompts(phase.batch)
+        wiring.prompts(config.rollout, phase)
     prompts = PromptData(
         config.data, ground.template, ground.tokenizer, longest=longest, seed=config.seed
     )
@@ -136,7 +149,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
             meta=ground.meta(model.config, phase),
             flops_per_token=flops_per_token(model.config, phase.length),
             micro_batches=ground.micro_batches(phase),
-            facts=(_describe(config.rollout, phase),),
+            facts=(_describe(wiring, config.rollout, phase),),
         )
 
     settings = [setting(phase) for phase in phases]
@@ -237,13 +250,14 @@ class OnPolicySource:
     def _collect(self, params: Any, step: int) -> None:
         """Samples and scores a round with the parameters of this step."""
         rollout, phase = self._config.rollout, self._phase
-        chosen = self._prompts.batch(self._rounds, rollout.prompts(phase.batch))
+        chosen = self._prompts.batch(self._rounds, self._wiring.prompts(rollout, phase))
+        prompts = [self._prompts.train[i] for i in chosen]
         assert self._ground.template is not None
         rollouts = sample_rollouts(
             self._model,
             params,
             self._ground.tokenizer,
-            [self._prompts.train[i] for i in chosen],
+            prompts,
             rollout,
             stop_ids=self._ground.template.stop_ids(self._ground.tokenizer),
             length=phase.length,
@@ -254,7 +268,8 @@ class OnPolicySource:
         sequences, reference = rollouts.sequences, None
         if self._reference is not None:
             reference = self._reference_logprobs(self._reference.weights(params), sequences)
-        round_ = Round(rollouts, scores.total, self._logprobs(params, sequences), reference)
+        logprobs = self._logprobs(params, sequences)
+        round_ = Round(step, prompts, rollouts, scores.total, logprobs, reference)
         self._batch, learnt = self._learner.learn(params, round_)
         self._begin, self._rounds = step, self._rounds + 1
         metrics = {
@@ -339,8 +354,8 @@ def _jit_logprobs(
     return lambda params, sequences: to_host(jitted(params, sequences))
 
 
-def _describe(rollout: RolloutConfig, phase: Phase) -> str:
-    prompts = rollout.prompts(phase.batch)
+def _describe(wiring: Wiring, rollout: RolloutConfig, phase: Phase) -> str:
+    prompts = wiring.prompts(rollout, phase)
     text = f"rounds of {prompts} prompts with {rollout.samples} completions each"
     return text if rollout.steps == 1 else f"{text}, for {rollout.steps} steps"
 

@@ -104,15 +104,6 @@ def test_a_mesh_changes_nothing_but_rounds_the_slots_up():
     assert cost.slot_steps == 8 * steps_of(expected.lengths, 8, 1)
 
 
-def test_idle_slots_that_have_reached_the_last_position_leave_nothing_behind(monkeypatch):
-    # Rows wait for others to end, as in many slots, and the model has no position past their last.
-    monkeypatch.setattr(continuous, "IDLE_FRACTION", 2)
-    prompts = [PROMPTS[0]] * 4 + [[7]] * 4
-    made = run("learned", prompts, slots=4)
-    assert_same(made, run("learned", prompts, slots=1))
-    assert (made.lengths[:16] == NEW).any()
-
-
 def test_samples_of_a_prompt_differ():
     made = run(prompts=[[7]], samples=6, stop_ids=())
     assert len({tuple(row) for row in made.tokens.tolist()}) == 6

@@ -8,6 +8,7 @@ import pytest
 
 from llm_jax import sharding
 from llm_jax.errors import UserError
+from llm_jax.generation import decoding
 from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig, init_cache
@@ -231,6 +232,17 @@ def test_decoding_ends_when_all_rows_have_stopped():
     assert made.lengths.tolist() == [1, 1, 1]
     assert made.stopped.all()
     assert len(calls) == 1
+
+
+def test_the_cache_of_a_row_that_has_ended_grows_no_more():
+    model, params, _ = make("grouped")
+    first = [naive_greedy("grouped", prompt, 1)[0] for prompt in PROMPTS]
+    request = decoding.make_request(model, PROMPTS, 10)
+    terms = decoding.make_terms(jax.random.key(0), 3, first[:1])
+    state = decoding.start(model, params, request, sampler=GREEDY, room=32)
+    state = decoding.advance(model, params, state, terms, 8, 3, sampler=GREEDY)
+    assert state.lengths_B[0] == 1 < state.lengths_B.max()
+    np.testing.assert_array_equal(state.cache.lengths, request.lengths_B + state.lengths_B)
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
 from llm_jax.models.heads import CRITIC, VALUE, init_value_head, values
 from llm_jax.objectives.lm import token_nats
 from llm_jax.objectives.policy import PolicyOutputs, policy_outputs
 from llm_jax.objectives.ppo import LossConfig, make_objective, ppo_loss, whole_of
-from llm_jax.sharding import unbox
+from llm_jax.optim import OptimizerConfig
+from llm_jax.sharding import MeshConfig, unbox
 from llm_jax.types import Mean
 
 CONFIG = LossConfig(clip=0.15, value_clip=0.1, value_coefficient=0.3, entropy_coefficient=0.02)
@@ -225,6 +227,35 @@ def test_text_weighs_by_its_own_tokens(with_head, make_rollouts, micro_batches):
         for function in (actual, expected)
     )
     assert_close(found, wanted)
+
+
+def test_a_step_in_pieces_on_many_devices_is_the_step_in_one(with_head, make_rollouts):
+    model, params = with_head
+    text = make_rollouts([2, 6, 1, 1, 0, 3, 2, 5], seed=9).sequences
+    batch = make_rollouts([6, 1, 3, 0, 2, 6, 5, 4], pretraining=text)
+    objective = make_objective(
+        model, dataclasses.replace(CONFIG, ptx_coefficient=0.5), temperature=1.0
+    )
+    optimizer = optim.make_optimizer(OptimizerConfig(weight_decay=0.0, epsilon=1e-3), params)
+    axes = {"embedding": ("vocab", "embed"), VALUE: {"kernel": ("embed", "head_output")}}
+
+    def one_step(devices, micro_batches):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        boxed = jax.tree.map(sharding.Named, params, axes)
+        with jax.set_mesh(mesh):
+            _, shardings = step.init_state(
+                lambda rng: params, optimizer, 0, mesh, sharding.parameter_shardings(mesh, boxed)
+            )
+            train_step = step.make_train_step(
+                objective, optimizer, mesh=mesh, shardings=shardings, micro_batches=micro_batches
+            )
+            state = step.materialise(lambda rng: params, optimizer, 0, shardings)
+            state, metrics = train_step(state, batch, np.float32(0.1))
+            return jax.device_get((state.params, metrics))
+
+    whole, pieces = one_step(1, 1), one_step(2, 4)
+    assert_close(pieces, whole)
+    assert np.abs(whole[0]["embedding"] - params["embedding"]).max() > 1e-3
 
 
 def assert_close(actual, expected):

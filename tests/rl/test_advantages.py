@@ -125,6 +125,7 @@ def test_whitening_is_masked_and_unbiased():
     np.testing.assert_allclose(kept[MASK > 0], inside + shift, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("values, mask", [([3.0, 3, 3], [1, 1, 1]), ([7.0, 9], [1, 0]), ([1], [0])])
 def test_whitening_what_does_not_vary_gives_0(values, mask):
     assert not np.any(whiten(np.array(values), np.array(mask)))

@@ -22,8 +22,8 @@ def run(code, tests=("assert right",), limits=LIMITS):
 
 
 def test_each_test_passes_by_itself():
-    tests = ["assert f() == 1", "assert f() == 2", "undefined", "f()"]
-    assert run("def f():\n    return 1", tests) == [True, False, False, True]
+    tests = ["assert f() == 1", "assert f() == 2", "undefined", "import sys; sys.exit(0)", "f()"]
+    assert run("def f():\n    return 1", tests) == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What each verifier takes for right, and which rows it refuses."""
 
 import http.server
+import sys
 import threading
 
 import pytest
@@ -123,6 +124,12 @@ def test_schemas_that_are_none_are_refused():
     for config in ({}, {"schema": {}, "field": "schema"}):
         with pytest.raises(UserError, match="either a schema"):
             JsonSchemaConfig(**config)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(UserError, match=r"pip install 'llm_jax\[rewards\]'"):
+        json_schema(JsonSchemaConfig({}))
 
 
 def test_no_schema_is_fetched():

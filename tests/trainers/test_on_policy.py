@@ -1,5 +1,6 @@
 """The stages that train on their own samples: rounds, rewards, references, and resuming."""
 
+import itertools
 import json
 import signal
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from llm_jax import config as config_module
 from llm_jax.checkpoint import CheckpointConfig
+from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.prompts import PromptDataConfig
 from llm_jax.errors import UserError
@@ -25,6 +27,7 @@ from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig, OnPolicySource
+from llm_jax.trainers.rejection_sampling import SelectionConfig, best_of
 
 ROLLOUT = RolloutConfig(samples=4, max_new_tokens=6)
 
@@ -119,6 +122,50 @@ def test_constant_groups_change_nothing(on_policy, reward_of, pretrained, opened
 def test_fractional_rewards_reach_the_log(on_policy, reward_of):
     rewards = reward_of("def reward(prompt, completion, row):\n    return 0.75\n", weight=0.5)
     assert on_policy("ppo", rewards=rewards).logged("reward") == [0.375, 0.375]
+
+
+# --- rejection sampling ---------------------------------------------------------------------------
+
+
+def test_the_best_answers_are_kept_written_down_and_learnt(on_policy):
+    run = on_policy(
+        "rejection_sampling",
+        rollout=RolloutConfig(samples=8, max_new_tokens=6),
+        phases=(PhaseConfig(length=32, batch=16, steps=16),),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant"),
+        evaluation=OnPolicyEvaluationConfig(every=1000, rows=8, temperature=1.0),
+    )
+    for first, second in (("1", "2"), ("2", "4"), ("4", "8")):
+        better = zip(run.logged(f"best_of/{first}"), run.logged(f"best_of/{second}"), strict=True)
+        assert all(one < other for one, other in better)
+    assert run.logged("best_of/1") == pytest.approx(run.logged("reward"))
+    rewards = run.logged("eval/validation/reward")
+    assert rewards[-1] > rewards[0] + 0.1
+    files = sorted((run.workdir / "selected").iterdir())
+    assert [int(file.stem) for file in files] == list(range(16))
+    rows = [json.loads(line) for line in files[0].open()]
+    assert len(rows) == 16
+    assert np.mean([row["score"] for row in rows]) == pytest.approx(run.logged("best_of/8")[0])
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
+
+
+def test_what_was_chosen_is_a_data_set_for_fine_tuning(on_policy, start, opened):
+    selection = SelectionConfig(keep=2, threshold=0.1)
+    run = on_policy("rejection_sampling", selection=selection)
+    assert 0 < np.mean(run.logged("selected")) < 1
+    rows = [json.loads(line) for f in (run.workdir / "selected").iterdir() for line in f.open()]
+    assert all(row["score"] >= 0.1 for row in rows)
+    data = ChatDataConfig(source=str(run.workdir / "selected"), validation_fraction=0.2)
+    assert opened(start("sft", data=data)).result["status"] == "finished"
+
+
+def test_the_expected_best_of_n_is_that_of_all_ways_to_draw():
+    scores = np.random.default_rng(0).normal(size=(5, 6))
+    found = best_of(np.vstack([scores, [np.nan] * 6]))
+    assert found.keys() == {"best_of/1", "best_of/2", "best_of/4"}
+    for n in (1, 2, 4):
+        drawn = [np.max(scores[:, list(c)], axis=1) for c in itertools.combinations(range(6), n)]
+        assert found[f"best_of/{n}"] == pytest.approx(np.mean(drawn))
 
 
 # --- references -----------------------------------------------------------------------------------
@@ -230,6 +277,7 @@ def test_too_many_failures_end_the_run(on_policy, reward_of):
         ("ppo", {"rollout": RolloutConfig(samples=4, max_new_tokens=31)}, "longer than the 1 t"),
         ("ppo", {"rewards": (RewardConfig("exact_mach"),)}, "Did you mean 'exact_match'"),
         ("ppo", {"rewards": ()}, "config.rewards is empty"),
+        ("rejection_sampling", {"selection": SelectionConfig(keep=5)}, "more than config.rollout"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(trainer, sections, message, on_policy, tmp_path):
