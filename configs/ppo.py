@@ -1,4 +1,4 @@
-"""Improves a fine-tuned run by PPO: answers that are better than their group's become likelier.
+"""Improves a fine-tuned run by PPO: answers better than the critic expects become likelier.
 
     python -m llm_jax.main --config=configs/sft.py --workdir=runs/sums_sft \\
         --config.data.source=arithmetic:addition ...                     # a start to improve on

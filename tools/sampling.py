@@ -66,7 +66,9 @@ def check_text(flag: str, text: str) -> None:
 
 def check_generates(run: LoadedRun) -> None:
     """Raises UserError for a reward model, which scores texts and writes none."""
-    if run.meta.get("heads"):
+    from llm_jax.models.heads import REWARD
+
+    if REWARD in run.meta.get("heads", ()):
         raise UserError(f"{run.path} is a reward model: it scores texts, see tools.score.")
 
 

@@ -58,7 +58,7 @@ def export_run(
     published = stored.meta.get("published", {})
     model = dataclasses.replace(stored.model, lora=None)
     family = family_for(model, published.get("config", {}).get("model_type"))
-    heads = stored.heads
+    heads = tuple(name for name in stored.heads if name == REWARD)  # a critic's stays here
     leaves = leaves_of(model, heads, family, family.prefixes[0])
     dtype = dtype or published.get("dtype", "float32")
     with jax.set_mesh(mesh):

@@ -28,13 +28,13 @@ from llm_jax.rl import reward_models, verifiers
 from llm_jax.rl.advantages import whiten
 from llm_jax.rl.scoring import Policy, Reward, RewardFunction, Sample, from_function, from_sample
 
-__all__ = ["REWARDS", "Kind", "Policy", "RewardConfig", "Sample", "Scorer", "Scores"]
+__all__ = ["REWARDS", "Kind", "Policy", "RewardTerm", "Sample", "Scorer", "Scores"]
 
 REPORTED = 5  # failures that are told one by one
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
+class RewardTerm:
     """One of the rewards whose weighted sum is a sample's score.
 
     name: one of `REWARDS`, or the import path of a function, "package.module:function".
@@ -59,7 +59,7 @@ class RewardConfig:
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """settings: a dataclass. make: `(settings, policy, seconds) → Reward`, seconds being those of a
-    `RewardConfig`."""
+    `RewardTerm`."""
 
     settings: type
     make: Callable[[Any, Policy, float], Reward]
@@ -109,7 +109,7 @@ class Scorer:
       failures: how many calls have failed so far, in all; a resumed run sets it.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], limit: int, policy: Policy):
+    def __init__(self, configs: Sequence[RewardTerm], limit: int, policy: Policy):
         """
         Args:
           configs: at least one.
@@ -207,7 +207,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _make(config: RewardConfig, policy: Policy, where: str) -> Reward:
+def _make(config: RewardTerm, policy: Policy, where: str) -> Reward:
     """
     Raises:
       UserError: the reward cannot be made; the message names its place in the config.

@@ -22,7 +22,7 @@ from llm_jax.generation.continuous import DecodingCost
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.size import flops_per_token
 from llm_jax.objectives.policy import policy_outputs
-from llm_jax.rl.rewards import RewardConfig, Scorer, Scores
+from llm_jax.rl.rewards import RewardTerm, Scorer, Scores
 from llm_jax.rl.rollouts import RolloutConfig, Rollouts, sample_rollouts
 from llm_jax.rl.scoring import Policy
 from llm_jax.step import Objective
@@ -53,7 +53,7 @@ class OnPolicyConfig(RunConfig):
     tokenizer: TokenizerConfig = TokenizerConfig()  # without init_from
     data: PromptDataConfig = PromptDataConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: tuple[RewardConfig, ...] = (RewardConfig("exact_match"),)
+    rewards: tuple[RewardTerm, ...] = (RewardTerm("exact_match"),)
     max_reward_failures: int = 100  # samples without a score, in the whole run
     evaluation: OnPolicyEvaluationConfig = OnPolicyEvaluationConfig()
 

@@ -12,6 +12,7 @@ from llm_jax import config as config_module
 from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
+from llm_jax.data.prompts import PromptDataConfig
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import is_published, open_folder
 from llm_jax.interop.importer import import_folder
@@ -22,10 +23,13 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.quantize import dequantise_all
 from llm_jax.optim import OptimizerConfig
+from llm_jax.rl.rewards import RewardTerm
+from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.runs import load_run
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.stored import find
 from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.ppo import PPOConfig
 from llm_jax.trainers.reward import RewardConfig
 from llm_jax.trainers.sft import SFTConfig, SFTEvaluationConfig
 from tools.convert.__main__ import main
@@ -283,6 +287,24 @@ def test_adapters_of_a_reward_model_take_its_head_along(tmp_path, mesh, publishe
     assert whole.config["architectures"] == ["Qwen3ForSequenceClassification"]
     merged, _ = stored.read_merged(mesh)
     same(whole.load(mesh)["reward_head"], merged["reward_head"])
+
+
+def test_the_head_of_a_critic_stays_here(tmp_path, trained, chats, run_on):
+    settings = config_module.defaults(
+        PPOConfig,
+        init_from=str(trained),
+        data=PromptDataConfig(source=str(chats), validation_fraction=0.2),
+        rewards=(RewardTerm("length"),),
+        rollout=RolloutConfig(samples=2, max_new_tokens=4),
+        phases=(PhaseConfig(length=48, batch=4, steps=1),),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant"),
+        metrics=MetricsConfig(every=1, tensorboard=False),
+        sample=SampleConfig(max_new_tokens=0),
+    )
+    assert run_on(1, settings, tmp_path / "ppo") == 0
+    assert find(str(tmp_path / "ppo")).heads == ("value_head",)
+    convert("export", f"--workdir={tmp_path / 'ppo'}", f"--hf={tmp_path / 'hf'}")
+    assert open_folder(tmp_path / "hf").heads == ()
 
 
 def leaf_of(tree, path):

@@ -15,7 +15,7 @@ from llm_jax.errors import UserError
 from llm_jax.evals.batching import sequence_batch
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.heads import REWARD, init_reward_head, rewards
-from llm_jax.rl.rewards import RewardConfig, Scorer
+from llm_jax.rl.rewards import RewardTerm, Scorer
 from llm_jax.rl.scoring import Policy
 from llm_jax.sharding import MeshConfig, make_mesh, unbox
 from llm_jax.types import TrainState
@@ -82,7 +82,7 @@ def score(policy):
     """`score(samples, name, limit=..., policy=..., **settings)`"""
 
     def compute(samples, name, *, limit=0, policy=policy, **settings):
-        return Scorer([RewardConfig(name, 1.0, settings)], limit, policy)(samples)
+        return Scorer([RewardTerm(name, 1.0, settings)], limit, policy)(samples)
 
     return compute
 

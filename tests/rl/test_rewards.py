@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.config import build
 from llm_jax.errors import UserError
-from llm_jax.rl.rewards import REPORTED, REWARDS, Kind, NoSettings, RewardConfig, Scorer
+from llm_jax.rl.rewards import REPORTED, REWARDS, Kind, NoSettings, RewardTerm, Scorer
 from llm_jax.rl.scoring import Reward
 
 MODULE = "rewards_of_the_user"
@@ -32,7 +32,7 @@ def module(tmp_path, monkeypatch):
 @pytest.fixture
 def scorer(policy):
     def make(*configs, limit=0):
-        return Scorer([RewardConfig(**config) for config in configs], limit, policy)
+        return Scorer([RewardTerm(**config) for config in configs], limit, policy)
 
     return make
 
@@ -176,5 +176,5 @@ def test_configs_are_built_from_json(policy, sample):
     pytest.importorskip("jsonschema")
     settings = {"schema": {"properties": {"a": {"enum": [None, 1]}}, "const": None}}
     text = json.dumps({"name": "json_schema", "settings": settings})
-    score = Scorer([build(RewardConfig, json.loads(text))], 0, policy)
+    score = Scorer([build(RewardTerm, json.loads(text))], 0, policy)
     assert score([sample("null"), sample("1")]).total.tolist() == [1, 0]

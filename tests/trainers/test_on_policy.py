@@ -22,12 +22,14 @@ from llm_jax.models.lora import LoraConfig
 from llm_jax.objectives import grpo
 from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.advantages import KLConfig
-from llm_jax.rl.rewards import RewardConfig
+from llm_jax.rl.rewards import RewardTerm
 from llm_jax.rl.rollouts import RolloutConfig
+from llm_jax.runs import load_run
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig, OnPolicySource
 from llm_jax.trainers.rejection_sampling import SelectionConfig, best_of
+from tools.sampling import check_generates
 
 ROLLOUT = RolloutConfig(samples=4, max_new_tokens=6)
 
@@ -41,7 +43,7 @@ def reward_of(tmp_path_factory):
         def make(source, weight=1.0):
             name = f"reward_{abs(hash(source))}"
             (folder / f"{name}.py").write_text(source)
-            return (RewardConfig(f"{name}:reward", weight),)
+            return (RewardTerm(f"{name}:reward", weight),)
 
         yield make
 
@@ -189,6 +191,14 @@ def test_without_a_reference_there_is_no_divergence(on_policy):
 # --- rounds ---------------------------------------------------------------------------------------
 
 
+def test_a_critic_is_left_behind(on_policy, start, opened):
+    run = on_policy("ppo")
+    assert any("value_head" in name for name in run.params)
+    later = opened(start("sft", init_from=str(run.workdir)))
+    assert not any("value_head" in name for name in later.params)
+    check_generates(load_run(str(run.workdir)))
+
+
 def test_a_round_serves_its_updates_and_epochs(on_policy):
     rollout = RolloutConfig(samples=4, max_new_tokens=6, updates=2, epochs=2)
     run = on_policy("ppo", rollout=rollout, phases=(PhaseConfig(length=32, batch=8, steps=8),))
@@ -275,7 +285,7 @@ def test_too_many_failures_end_the_run(on_policy, reward_of):
         ("grpo", {"rollout": RolloutConfig(samples=3, max_new_tokens=6)}, "no multiple of"),
         ("ppo", {"rollout": RolloutConfig(max_new_tokens=32)}, "leaves no room for a prompt"),
         ("ppo", {"rollout": RolloutConfig(samples=4, max_new_tokens=31)}, "longer than the 1 t"),
-        ("ppo", {"rewards": (RewardConfig("exact_mach"),)}, "Did you mean 'exact_match'"),
+        ("ppo", {"rewards": (RewardTerm("exact_mach"),)}, "Did you mean 'exact_match'"),
         ("ppo", {"rewards": ()}, "config.rewards is empty"),
         ("rejection_sampling", {"selection": SelectionConfig(keep=5)}, "more than config.rollout"),
     ],
