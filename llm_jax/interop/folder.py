@@ -20,7 +20,7 @@ from llm_jax.interop.families import Family, family_of, text_config
 from llm_jax.interop.mapping import leaves_of
 from llm_jax.interop.pieces import Leaf
 from llm_jax.interop.safetensors_files import TensorFolder
-from llm_jax.interop.tokenizer_files import read_template, read_tokenizer
+from llm_jax.interop.tokenizer_files import has_tokenizer, read_template, read_tokenizer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import REWARD
 from llm_jax.weights import abstract, init_weights
@@ -87,6 +87,11 @@ class PublishedFolder:
         Raises:
           UserError: the folder holds none, a damaged one, or that of another model.
         """
+        if not has_tokenizer(self.path):
+            raise UserError(
+                f"{self.path} holds no tokenizer: put the files of its release there "
+                "(tokenizer.json or tokenizer.model)."
+            )
         tokenizer = read_tokenizer(self.path)
         rows = self.model.vocab_size or 0
         # Special tokens alone may lie past the table, as those of images do in a text model.

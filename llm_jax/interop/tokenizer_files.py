@@ -1,8 +1,9 @@
 """Tokenizers, chat templates and generation settings as files of a Hugging Face folder, both ways.
 
 What `write_tokenizer` writes is read by `transformers.AutoTokenizer` and gives the ids that the
-tokenizer gives here, for texts and, with the template, for conversations. The strings of special
-tokens inside a text are the exception: here they are text, there they become the tokens.
+tokenizer gives here, for texts and, with the template, for conversations. Two things differ: the
+strings of special tokens inside a text are text here and tokens there; and transformers builds the
+tokenizers of some model types anew, whatever their files say.
 """
 
 from __future__ import annotations

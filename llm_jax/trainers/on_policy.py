@@ -47,10 +47,10 @@ class OnPolicyEvaluationConfig(EvaluationConfig):
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicyConfig(RunConfig):
-    """What the configs of these stages have; architecture and tokenizer come from `init_from`."""
+    """What the configs of these stages have; architecture and tokenizer are inherited."""
 
     model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()  # without init_from
+    tokenizer: TokenizerConfig = TokenizerConfig()  # where none is inherited
     data: PromptDataConfig = PromptDataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardTerm, ...] = (RewardTerm("exact_match"),)

@@ -37,10 +37,10 @@ class PreferenceEvaluationConfig(EvaluationConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig(RunConfig):
-    """What the configs of both stages have; architecture and tokenizer come from `init_from`."""
+    """What the configs of both stages have; architecture and tokenizer are inherited."""
 
     model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()  # without init_from
+    tokenizer: TokenizerConfig = TokenizerConfig()  # where none is inherited
     data: PreferenceDataConfig = PreferenceDataConfig()
     evaluation: PreferenceEvaluationConfig = PreferenceEvaluationConfig()
 

@@ -80,7 +80,7 @@ def _read_start(ground: Foundation) -> tuple[Any, str]:
 
 
 class Reference:
-    """The model of `config.init_from`, as far as its log-probabilities are concerned.
+    """The model that the stage starts from, as far as its log-probabilities are concerned.
 
     They are cached on disk by the hash of its weights and of the sequences, so weights are read
     only where something is not in the cache; a resumed run needs them no more.
@@ -89,7 +89,7 @@ class Reference:
     def __init__(self, config: Any, ground: Foundation):
         """
         Raises:
-          UserError: the run of `init_from` cannot be read.
+          UserError: the run or folder that the stage starts from cannot be read.
         """
         self._config, self._ground = config, ground
         self._weights: Any = None

@@ -36,11 +36,11 @@ class SFTEvaluationConfig(EvaluationConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(RunConfig):
-    """The config of `trainer = "sft"`; architecture and tokenizer come from `init_from`."""
+    """The config of `trainer = "sft"`; architecture and tokenizer are inherited."""
 
     trainer: str = "sft"
     model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()  # without init_from
+    tokenizer: TokenizerConfig = TokenizerConfig()  # where none is inherited
     data: ChatDataConfig = ChatDataConfig()
     loss: lm.LossConfig = lm.LossConfig()
     evaluation: SFTEvaluationConfig = SFTEvaluationConfig()
