@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from llm_jax import checkpoint
 from llm_jax.binding import binding_digest
 from llm_jax.config import build, digest
+from llm_jax.data.template_base import ChatTemplate
+from llm_jax.data.templates import load_template
 from llm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.interop.folder import PublishedFolder, is_published, open_folder
@@ -87,6 +89,12 @@ class Stored:
         if self.published is not None:
             return has_tokenizer(self.path)
         return (self.path / "tokenizer").is_dir()
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template that the weights were trained with."""
+        description = self.meta.get("template")
+        return None if description is None else load_template(description)
 
     def tokenizer(self) -> Tokenizer:
         """

@@ -16,6 +16,7 @@ from llm_jax.interop.families import family_for
 from llm_jax.interop.family import Family
 from llm_jax.interop.importer import DISK_MEND, STEP, finish
 from llm_jax.interop.peft import read_adapters, write_adapters
+from llm_jax.interop.tokenizer_files import read_template, write_tokenizer
 from llm_jax.models import lora
 from llm_jax.models.heads import REWARD
 from llm_jax.runs import check_new
@@ -24,6 +25,8 @@ from llm_jax.stored import Base, Stored, find
 
 def import_adapters(path: str | Path, base: str, workdir: str | Path) -> None:
     """Makes a run of PEFT adapters beside the run of the model that they belong to.
+
+    The tokenizer is the base's, and the chat template too, unless the adapters bring one.
 
     Args:
       base: that run, `RUN` or `RUN@STEP`.
@@ -48,6 +51,9 @@ def import_adapters(path: str | Path, base: str, workdir: str | Path) -> None:
             "lineage": list(stored.lineage),
             "heads": [REWARD] if REWARD in adapters else [],
         }
+        template = read_template(Path(path))
+        if template is not None:
+            meta["template"] = template.describe()
         if stored.has_tokenizer:
             stored.tokenizer().save(workdir / "tokenizer")
         checkpoint.write_weights(workdir, STEP, jax.tree.map(jnp.asarray, adapters), meta)
@@ -55,7 +61,7 @@ def import_adapters(path: str | Path, base: str, workdir: str | Path) -> None:
 
 
 def export_adapters(stored: Stored, mesh: Mesh, folder: str | Path, dtype: str) -> None:
-    """Writes the adapters of a run as a PEFT folder.
+    """Writes the adapters of a run as a PEFT folder, with the tokenizer and its chat template.
 
     Args:
       folder: new or empty.
@@ -79,6 +85,8 @@ def export_adapters(stored: Stored, mesh: Mesh, folder: str | Path, dtype: str) 
     base = stored.meta.get("published", {}).get("folder", stored.meta["base"]["run"])
     with disk_errors(folder, "Name another --hf."):
         write_adapters(adapters, settings, model, _family(stored), folder, base, dtype)
+        if stored.has_tokenizer:
+            write_tokenizer(stored.tokenizer(), stored.template, folder, model.max_length)
 
 
 def _family(stored: Stored) -> Family:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.data.templates import load_template
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import disk_errors
 from llm_jax.interop import tensors
@@ -70,10 +69,9 @@ def export_run(
         config = _config(model, heads, family, published.get("config", {}), dtype, tokenizer)
         write_json(folder / CONFIG_FILE, config)
         if tokenizer is not None:
-            described = stored.meta.get("template")
-            template = None if described is None else load_template(described)
+            template, before = stored.template, published.get("generation", {})
             write_tokenizer(tokenizer, template, folder, model.max_length)
-            generation = generation_config(tokenizer, published.get("generation", {}), template)
+            generation = generation_config(tokenizer, before, template)
             write_json(folder / GENERATION_FILE, generation)
 
 

@@ -281,6 +281,7 @@ def test_adapters_of_a_reward_model_take_its_head_along(tmp_path, mesh, publishe
     back = find(str(tmp_path / "back"))
     assert back.heads == ("reward_head",)
     same(back.read(mesh), stored.read(mesh))
+    assert stored.template is not None and back.template is not None
     # Whole, it is a classifier.
     convert("export", f"--workdir={tmp_path / 'reward'}", f"--hf={tmp_path / 'whole'}")
     whole = open_folder(tmp_path / "whole")
