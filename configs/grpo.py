@@ -1,7 +1,8 @@
 """Improves a fine-tuned run by GRPO: answers that are better than their group's become likelier.
 
     python -m llm_jax.main --config=configs/sft.py --workdir=runs/sums_sft \\
-        --config.data.source=arithmetic:addition ...                     # a start to improve on
+        --config.data.source=arithmetic:addition '--config.phases[0].length=128' \\
+        '--config.phases[0].batch=16' '--config.phases[0].steps=240'     # a start to improve on
     python -m llm_jax.main --config=configs/grpo.py --config.init_from=runs/sums_sft
 
 The default prompts are sums of two numbers, and an answer is worth 1 if it is right.
@@ -15,6 +16,7 @@ from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.grpo import GRPOConfig
+from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig
 
 
 def get_config(argument=None):
@@ -23,8 +25,11 @@ def get_config(argument=None):
         GRPOConfig,
         init_from="runs/sums_sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
-        rollout=RolloutConfig(samples=8, max_new_tokens=8),
-        phases=(PhaseConfig(length=32, batch=128, steps=100),),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5, schedule="constant"),
+        rollout=RolloutConfig(samples=16, max_new_tokens=8),
+        phases=(PhaseConfig(length=32, batch=1024, steps=120),),
+        optimizer=OptimizerConfig(
+            learning_rate=7e-5, warmup_steps=10, schedule="constant", weight_decay=0.0
+        ),
+        evaluation=OnPolicyEvaluationConfig(every=20, rows=256),
         sample=SampleConfig(prompt="What is 47 + 85?", temperature=0.0),
     )
