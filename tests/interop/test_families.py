@@ -35,11 +35,11 @@ BY_LENGTH = ("llama_dynamic", "phi3_longrope")
 
 @pytest.fixture(scope="module")
 def opened():
-    """`opened(name, **settings)`: folder, model and parameters."""
+    """`opened(name)`: model, parameters, and what transformers makes of them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def load(name, **settings):
-        folder = open_folder(FOLDERS / name, **settings)
+    def load(name):
+        folder = open_folder(FOLDERS / name)
         return (
             LanguageModel(folder.model),
             folder.load(mesh),
