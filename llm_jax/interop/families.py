@@ -9,7 +9,7 @@ from typing import Any
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.interop import names
 from llm_jax.interop.family import LAYER_TYPES, LLAMA_KEYS, PLAIN, Family, Json
-from llm_jax.models.config import LayerKind, ModelConfig
+from llm_jax.models.config import RUNTIME_FIELDS, LayerKind, ModelConfig
 
 
 def _listed(written: Json) -> list[LayerKind] | None:
@@ -334,10 +334,8 @@ def architecture(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **heads)
 
 
-RUN_FIELDS = (
-    "dtype", "scan_layers", "remat", "attention_backend", "residual_dropout", "attention_dropout",
-    "neftune_alpha", "lora",
-)  # fmt: skip
+# What an architecture does not depend on.
+RUN_FIELDS = (*RUNTIME_FIELDS, "scan_layers")
 
 
 def _unusual(model: ModelConfig) -> str:

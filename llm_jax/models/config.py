@@ -13,6 +13,19 @@ from llm_jax.models.rope import RopeConfig, rotated_dim
 LayerKind = Literal["global", "local"]
 
 
+# Fields of `ModelConfig` that a stage takes from its own config although the parameters come from a
+# stage before it: nothing here changes what the inherited parameters mean.
+RUNTIME_FIELDS = (
+    "dtype",
+    "remat",
+    "attention_backend",
+    "residual_dropout",
+    "attention_dropout",
+    "neftune_alpha",
+    "lora",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder; every switch is independent of the others.

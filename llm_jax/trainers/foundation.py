@@ -22,7 +22,7 @@ from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.models import LanguageModel, ModelConfig
-from llm_jax.models.config import check_length
+from llm_jax.models.config import RUNTIME_FIELDS, check_length
 from llm_jax.models.size import (
     active_parameter_count,
     adapter_count,
@@ -35,19 +35,6 @@ from llm_jax.trainers.origin import Origin, Weights, decide_weights
 
 # The embedding table is padded to a multiple, so that a tensor axis divides it.
 VOCABULARY_MULTIPLE = 64
-
-# What a stage takes from its own config although the parameters come from a stage before it:
-# nothing here changes what the inherited parameters mean. (And max_length and the capacity of
-# experts, where they are given.)
-RUNTIME_FIELDS = (
-    "dtype",
-    "remat",
-    "attention_backend",
-    "residual_dropout",
-    "attention_dropout",
-    "neftune_alpha",
-    "lora",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +239,7 @@ def _model(
 ) -> ModelConfig:
     """The architecture: inherited where there is an origin, else as the config says."""
     if origin is not None:
+        # And max_length and the capacity of experts, where they are given.
         own = {name: getattr(asked, name) for name in RUNTIME_FIELDS}
         if asked.max_length != ModelConfig().max_length:
             own["max_length"] = asked.max_length
