@@ -55,7 +55,7 @@ class ModelConfig:
     # Norm of queries and keys before RoPE: over each head, or over all heads together.
     qk_norm: Literal["none", "head", "all"] = "none"
     # Scores are divided by its square root; None = head_dim.
-    query_pre_attention_scalar: float | None = None
+    query_pre_attention_scalar: int | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"  # all: the output projection too
     mlp_bias: bool = False
     attention_soft_cap: float | None = None  # scores ← cap · tanh(score / cap)

@@ -116,7 +116,7 @@ def _gemma(embed: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Mode
 
 def _gemma2(
     embed: int, layers: int, heads: int, kv_heads: int, mlp: int, head: int = 256,
-    query_scalar: float | None = None,
+    query_scalar: int | None = None,
 ) -> ModelConfig:  # fmt: skip
     """arXiv:2408.00118."""
     return ModelConfig(
@@ -130,7 +130,7 @@ def _gemma2(
 
 def _gemma3(
     embed: int, layers: int, heads: int, kv_heads: int, mlp: int, window: int = 1024,
-    head: int = 256, query_scalar: float | None = None, reads_images: bool = True,
+    head: int = 256, query_scalar: int | None = None, reads_images: bool = True,
 ) -> ModelConfig:  # fmt: skip
     """arXiv:2503.19786, the text part; models that read images have 64 rows for their tokens."""
     rope = RopeConfig(theta=1_000_000.0)
