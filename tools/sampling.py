@@ -78,16 +78,14 @@ def run_template(run: LoadedRun) -> ChatTemplate:
     Raises:
       UserError: it was trained without one, on plain text.
     """
-    from llm_jax.data.templates import load_template
-
     check_generates(run)
-    description = run.meta.get("template")
-    if description is None:
+    template = run.stored.template
+    if template is None:
         raise UserError(
             f"{run.path} is a pre-trained run, without a chat template: fine-tune it with "
             "configs/sft.py, or continue a text with tools.generate."
         )
-    return load_template(description)
+    return template
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from llm_jax.data.example_store import texts_of
 from llm_jax.data.examples import Message
 from llm_jax.data.phases import Phase, plan
 from llm_jax.data.template_base import ChatTemplate
-from llm_jax.data.templates import DEFAULT_TEMPLATE, load_template, make_template
+from llm_jax.data.templates import DEFAULT_TEMPLATE, make_template
 from llm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
@@ -266,7 +266,7 @@ def _model(
 
 
 def _template(asked: str | None, origin: Origin | None) -> ChatTemplate:
-    inherited = None if origin is None else origin.meta.get("template")
+    inherited = None if origin is None else origin.stored.template
     if inherited is not None and (asked is None or (origin is not None and origin.is_own)):
-        return load_template(inherited)
+        return inherited
     return make_template(asked or DEFAULT_TEMPLATE)
