@@ -17,8 +17,8 @@ from llm_jax.objectives import grpo
 from llm_jax.rl.advantages import group_advantages, overlong_penalty
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
-from llm_jax.trainers.on_policy import Round
 from llm_jax.trainers.reference import reference_policy
+from llm_jax.trainers.rounds import Round, Wiring, masked
 from llm_jax.types import RolloutBatch
 
 
@@ -60,9 +60,7 @@ class GroupLearner:
         groups = group_advantages(
             scores.reshape(-1, config.rollout.samples), config.advantage.scale
         )
-        sequences, old_logprobs = on_policy.masked(
-            round.rollouts.sequences, round.rollouts.logprobs, scores
-        )
+        sequences, old_logprobs = masked(round.rollouts.sequences, round.rollouts.logprobs, scores)
         spread = np.broadcast_to(groups.advantages.reshape(-1, 1), old_logprobs.shape)
         batch = RolloutBatch(
             sequences=sequences,
@@ -102,7 +100,7 @@ def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], No
         )
 
     ground, reference = reference_policy(ground) if config.loss.beta else (ground, None)
-    wiring = on_policy.Wiring(
+    wiring = Wiring(
         objective=objective,
         learner=lambda model, phase: GroupLearner(config),
         reference=reference,

@@ -19,8 +19,8 @@ from llm_jax.objectives import ppo
 from llm_jax.rl.advantages import KLConfig, KLController, gae, token_rewards, whiten
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
-from llm_jax.trainers.on_policy import Round
 from llm_jax.trainers.reference import reference_policy
+from llm_jax.trainers.rounds import Round, Wiring, masked
 from llm_jax.types import Batch, RolloutBatch
 
 
@@ -53,9 +53,7 @@ class CriticLearner:
 
     def learn(self, params: Any, round: Round) -> tuple[RolloutBatch, dict[str, float]]:
         config, rollouts = self._config, round.rollouts
-        sequences, old_logprobs = on_policy.masked(
-            rollouts.sequences, rollouts.logprobs, round.scores
-        )
+        sequences, old_logprobs = masked(rollouts.sequences, rollouts.logprobs, round.scores)
         mask = sequences.loss_weights > 0
         divergence = np.zeros_like(old_logprobs)
         if round.reference_logprobs is not None:
@@ -116,5 +114,5 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
         return CriticLearner(config, lambda params, batch: to_host(jitted(params, batch)))
 
     ground, reference = reference_policy(ground) if config.kl.coefficient else (ground, None)
-    wiring = on_policy.Wiring(objective, learner, reference)
+    wiring = Wiring(objective, learner, reference)
     return on_policy.build(ground, wiring, workdir)

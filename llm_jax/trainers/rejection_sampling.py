@@ -25,7 +25,7 @@ from llm_jax.objectives import lm
 from llm_jax.step import Objective, Pooled
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
-from llm_jax.trainers.on_policy import Round
+from llm_jax.trainers.rounds import Round, Wiring, masked
 from llm_jax.types import RolloutBatch
 
 FOLDER = "selected"
@@ -69,7 +69,7 @@ class BestOfN:
         if threshold is not None:
             chosen = np.where(chosen >= threshold, chosen, np.nan)
         sequences = jax.tree.map(lambda x: x[rows], round.rollouts.sequences)
-        sequences, logprobs = on_policy.masked(sequences, round.rollouts.logprobs[rows], chosen)
+        sequences, logprobs = masked(sequences, round.rollouts.logprobs[rows], chosen)
         if jax.process_index() == 0:
             self._write(round, rows, chosen)
         batch = RolloutBatch(sequences, logprobs, advantages=np.zeros_like(logprobs))
@@ -146,7 +146,7 @@ def build(
             lambda params, batch, rng, sums: pooled(params, batch.sequences, rng, sums),
         )
 
-    wiring = on_policy.Wiring(
+    wiring = Wiring(
         objective=objective,
         learner=lambda model, phase: BestOfN(config, workdir / FOLDER),
         kept=config.selection.keep,

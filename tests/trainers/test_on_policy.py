@@ -27,8 +27,9 @@ from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.runs import load_run
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import SampleConfig
-from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig, OnPolicySource
+from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig
 from llm_jax.trainers.rejection_sampling import SelectionConfig, best_of
+from llm_jax.trainers.rounds import OnPolicySource
 from tools.sampling import check_generates
 
 ROLLOUT = RolloutConfig(samples=4, max_new_tokens=6)

@@ -1,0 +1,281 @@
+"""Rounds of rollouts as a source of batches: the policy samples, its samples are scored, and steps
+take them in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import sharding
+from llm_jax.data.phases import Phase
+from llm_jax.data.prompts import Prompt, PromptData
+from llm_jax.errors import UserError
+from llm_jax.evals.batching import to_host
+from llm_jax.generation.continuous import DecodingCost
+from llm_jax.models import LanguageModel
+from llm_jax.objectives.policy import policy_outputs
+from llm_jax.rl.rewards import Scorer, Scores
+from llm_jax.rl.rollouts import RolloutConfig, Rollouts, sample_rollouts
+from llm_jax.step import Objective
+from llm_jax.trainers.foundation import Foundation
+from llm_jax.trainers.reference import ReferencePolicy
+from llm_jax.types import Batch, RolloutBatch
+
+FOLDER = "rollouts"  # of rounds that a checkpoint stands in the middle of
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Rollouts and what is known of them when advantages are made.
+
+    step: the training step at which it begins. prompts: each with `samples` rollouts, in order.
+    scores: float32 [batch], NaN where there is none. logprobs: of the policy, float32 [batch,
+    time], 0 outside completions. reference_logprobs: the same, None without a reference.
+    """
+
+    step: int
+    prompts: Sequence[Prompt]
+    rollouts: Rollouts
+    scores: np.ndarray
+    logprobs: np.ndarray
+    reference_logprobs: np.ndarray | None
+
+
+class Learner(Protocol):
+    """What makes advantages of scores: a critic's, or a group's."""
+
+    def learn(self, params: Any, round: Round) -> tuple[RolloutBatch, dict[str, float]]:
+        """The round as a batch of numpy arrays, and what to log of it."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """What a stage adds: its objective, its learner, and its reference, if it has one.
+
+    objective, learner: for a model and a phase. kept: how many completions of each prompt a round
+    trains on; None = all.
+    """
+
+    objective: Callable[[LanguageModel, Phase], Objective]
+    learner: Callable[[LanguageModel, Phase], Learner]
+    reference: ReferencePolicy | None = None
+    kept: int | None = None
+
+    def prompts(self, rollout: RolloutConfig, phase: Phase) -> int:
+        """Of a round.
+
+        Raises:
+          UserError: the phase's batch is no whole number of them.
+        """
+        return rollout.prompts(phase.batch, self.kept or rollout.samples)
+
+
+class OnPolicySource:
+    """Batches of completions that the policy has sampled at the first step of their round.
+
+    A round is a function of the seed, its first step, the prompts read so far, and the parameters.
+    A checkpoint in the middle of a round brings the round along as a file.
+    """
+
+    def __init__(
+        self,
+        ground: Foundation,
+        wiring: Wiring,
+        prompts: PromptData,
+        scorer: Scorer,
+        workdir: Path,
+    ):
+        self._ground, self._wiring, self._prompts = ground, wiring, prompts
+        self._config: Any = ground.config
+        self._scorer, self._folder = scorer, workdir / FOLDER
+        self._cost = DecodingCost()
+        self._reference = wiring.reference
+        self._rounds = 0  # begun
+        self._begin = self._served = -1  # first step of the round at hand; step of the last batch
+        self._batch: RolloutBatch | None = None
+        self._metrics: list[tuple[int, dict[str, float]]] = []  # first step of a round, and its log
+        self._learner_state: dict[str, Any] | None = None
+
+    def start(self, phase: Phase, first_step: int) -> None:
+        """Turns to `phase`, whose step 0 is the global step `first_step`."""
+        self._phase, self._first = phase, first_step
+        self._model = LanguageModel(dataclasses.replace(self._ground.model, rope=phase.rope))
+        self._learner = self._wiring.learner(self._model, phase)
+        if self._learner_state is not None:
+            self._learner.restore(self._learner_state)
+        temperature = self._config.rollout.temperature
+        self._logprobs = _jit_logprobs(self._ground, self._model, temperature)
+        if self._reference is not None:
+            self._reference_logprobs = _jit_logprobs(
+                self._ground, self._reference.model, temperature
+            )
+
+    def next(self, params: Any, step: int) -> RolloutBatch:
+        """The batch of the global step `step`; at the first step of a round it is sampled."""
+        rollout, place = self._config.rollout, (step - self._first) % self._config.rollout.steps
+        if self._begin != step - place or self._batch is None:
+            if place == 0:
+                self._collect(params, step)
+            else:
+                self._begin = step - place
+                self._batch = _read_round(self._folder, self._begin)
+        epoch, update = divmod(place, rollout.updates)
+        assert self._batch is not None
+        rows = self._phase.batch * rollout.updates
+        order = np.random.default_rng([self._config.seed, self._begin, epoch]).permutation(rows)
+        chosen = order[update * self._phase.batch : (update + 1) * self._phase.batch]
+        self._served = step
+        where = sharding.batch_sharding(self._ground.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                (len(chosen), *x.shape[1:]), where, lambda index: x[chosen][index]
+            ),
+            self._batch,
+        )
+
+    def progress(self, step: int) -> dict[str, float]:
+        """What the round of the step before has shown: rewards, lengths, how sampling went."""
+        # The loop asks for a step when the next one, and perhaps another round, has begun.
+        begun = (metrics for begin, metrics in reversed(self._metrics) if begin < step)
+        return next(begun, {})
+
+    def state(self) -> dict[str, Any]:
+        """Also writes the round at hand, where steps of it are still to come."""
+        rollout = self._config.rollout
+        inside = self._batch is not None and self._served + 1 < self._begin + rollout.steps
+        if inside and jax.process_index() == 0:
+            assert self._batch is not None
+            keep = self._config.checkpoint.keep_latest + 1
+            _write_round(self._folder, self._begin, self._batch, keep)
+        learner = self._learner.state() if self._batch is not None else self._learner_state
+        return {
+            "rounds": self._rounds,
+            "metrics": list(self._metrics),
+            "failures": self._scorer.failures,
+            "learner": learner,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._rounds = state["rounds"]
+        self._metrics = [(begin, metrics) for begin, metrics in state["metrics"]]
+        self._scorer.failures = state["failures"]
+        self._learner_state = state["learner"]
+
+    def _collect(self, params: Any, step: int) -> None:
+        """Samples and scores a round with the parameters of this step."""
+        rollout, phase = self._config.rollout, self._phase
+        chosen = self._prompts.batch(self._rounds, self._wiring.prompts(rollout, phase))
+        prompts = [self._prompts.train[i] for i in chosen]
+        assert self._ground.template is not None
+        rollouts = sample_rollouts(
+            self._model,
+            params,
+            self._ground.tokenizer,
+            prompts,
+            rollout,
+            stop_ids=self._ground.template.stop_ids(self._ground.tokenizer),
+            length=phase.length,
+            rng=jax.random.fold_in(jax.random.key(self._config.seed), step),
+            cost=self._cost,
+        )
+        scores = self._scorer(rollouts.samples)
+        sequences, reference = rollouts.sequences, None
+        if self._reference is not None:
+            reference = self._reference_logprobs(self._reference.weights(params), sequences)
+        logprobs = self._logprobs(params, sequences)
+        round_ = Round(step, prompts, rollouts, scores.total, logprobs, reference)
+        self._batch, learnt = self._learner.learn(params, round_)
+        self._begin, self._rounds = step, self._rounds + 1
+        metrics = {
+            **describe_scores(scores, rollouts),
+            **learnt,
+            "sampling_logprob_difference": rollouts.difference(round_.logprobs),
+            "idle_share": self._cost.idle_share,
+            "compilations": float(self._cost.compilations),
+            "reward_failures": float(self._scorer.failures),
+            "epoch": self._rounds * len(chosen) / len(self._prompts.train),
+        }
+        self._metrics = [*self._metrics[-1:], (step, metrics)]
+
+
+def masked(batch: Batch, values: np.ndarray, scores: np.ndarray) -> tuple[Batch, np.ndarray]:
+    """The rows that have a score, and the values at the tokens that count; others are 0."""
+    known = np.isfinite(scores)[:, None]
+    weights = np.where(known, batch.loss_weights, 0).astype(np.float32)
+    counted = np.where(weights > 0, values, 0).astype(np.float32)
+    return dataclasses.replace(batch, loss_weights=weights), counted
+
+
+def describe_scores(scores: Scores, rollouts: Rollouts) -> dict[str, float]:
+    """What to log of samples: rewards, lengths, how many ended by themselves."""
+    known = scores.total[np.isfinite(scores.total)]
+    parts = {f"rewards/{name}": _mean(values) for name, values in scores.parts.items()}
+    return {
+        "reward": _mean(scores.total),
+        "reward_std": float(known.std()) if len(known) else 0.0,
+        **parts,
+        "completion_length": float(rollouts.lengths.mean()),
+        "finished": float(rollouts.finished.mean()),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def _jit_logprobs(
+    ground: Foundation, model: LanguageModel, temperature: float
+) -> Callable[[Any, Batch], np.ndarray]:
+    """`(params, sequences) → float32 [batch, time]`, of the counted targets; 0 elsewhere."""
+    chunk = ground.config.loss.chunk  # type: ignore[attr-defined]
+
+    def read(params: Any, sequences: Batch) -> jax.Array:
+        made = policy_outputs(model, params, sequences, temperature=temperature, chunk=chunk)
+        return jnp.where(sequences.loss_weights > 0, made.logprobs, 0.0)
+
+    jitted = ground.jit(read)
+    return lambda params, sequences: to_host(jitted(params, sequences))
+
+
+def _write_round(folder: Path, begin: int, batch: RolloutBatch, keep: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    temporary = folder / f".{begin}.npz"
+    np.savez(temporary, **arrays)
+    temporary.replace(folder / f"{begin}.npz")
+    written = sorted((int(file.stem) for file in folder.glob("[0-9]*.npz")), reverse=True)
+    for old in written[keep:]:
+        (folder / f"{old}.npz").unlink()
+
+
+def _read_round(folder: Path, begin: int) -> RolloutBatch:
+    path = folder / f"{begin}.npz"
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), the round in the middle of which the run stopped: "
+            "start again in another --workdir."
+        ) from error
+    fields: dict[str, Any] = {
+        f.name: arrays.get(f".{f.name}") for f in dataclasses.fields(RolloutBatch)
+    }
+    for name in ("sequences", "pretraining"):
+        parts: dict[str, Any] = {
+            f.name: arrays.get(f".{name}.{f.name}") for f in dataclasses.fields(Batch)
+        }
+        fields[name] = Batch(**parts) if parts["tokens"] is not None else None
+    return RolloutBatch(**fields)
