@@ -4,7 +4,9 @@
         --config.data.source=F.jsonl '--config.rewards[0].name=package.module:function'
 
 The default prompts are sums of two numbers, and an answer is worth 1 if it is right. The answers
-that were chosen stay in WORKDIR/selected, a data set for other stages.
+that were chosen stay in WORKDIR/selected, a data set for fine-tuning, and pairs of the best and the
+worst answer in WORKDIR/pairs, one for preference learning. Answers of earlier rounds compete with
+the new ones, and those of earlier runs with --config.selection.earlier='("RUN",)'.
 """
 
 from llm_jax.config import defaults, parse_argument
@@ -13,8 +15,9 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.rollouts import RolloutConfig
+from llm_jax.rl.selection import SelectionConfig
 from llm_jax.trainers.base import SampleConfig
-from llm_jax.trainers.rejection_sampling import RejectionSamplingConfig, SelectionConfig
+from llm_jax.trainers.rejection_sampling import RejectionSamplingConfig
 
 
 def get_config(argument=None):

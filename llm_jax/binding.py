@@ -19,6 +19,7 @@ FREE_TO_CHANGE = (
     "profile",
     "compilation_cache",
     "data.cache_dir",
+    "pretraining.cache_dir",
 )
 
 

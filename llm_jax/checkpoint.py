@@ -30,6 +30,7 @@ from llm_jax.types import TrainState
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"
+UNREAD = ocp.PLACEHOLDER  # in place of a shape: this array is there and is not to be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +215,18 @@ def newest_meta(run: str | Path) -> tuple[int, dict[str, Any]] | None:
 def read_params(run: str | Path, step: int, abstract: Any) -> Any:
     """The parameters of one checkpoint, straight into the shardings of `abstract`.
 
+    Leaves of `abstract` that are `UNREAD` stay so.
+
     Raises:
       UserError: the checkpoint cannot be read or has other parameters than `abstract`.
     """
     folder = _step_folder(run, step) / "params"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder, abstract)
+        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+            )
     except Exception as error:
         raise UserError(
             f"the parameters in {folder} cannot be read: {_first_line(error)}"

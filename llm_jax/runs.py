@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,27 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
     os.chmod(temporary, 0o644)  # mkstemp makes it private, and runs are shared
     os.replace(temporary, path)
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> int:
+    """Writes each row as a line of JSON, the whole file or none of it; returns how many there were.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(temporary, path)
+        return count
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_new(folder: Path, flag: str) -> None:

@@ -21,6 +21,8 @@ from llm_jax.errors import UserError
 from llm_jax.interop.folder import PublishedFolder, is_published, open_folder
 from llm_jax.interop.tokenizer_files import has_tokenizer
 from llm_jax.models import ModelConfig, lora
+from llm_jax.models.heads import CRITIC, VALUE
+from llm_jax.sharding import unbox
 from llm_jax.types import join
 from llm_jax.weights import (
     Quantization,
@@ -72,6 +74,12 @@ class Stored:
         return tuple(self.meta.get("heads", ()))
 
     @property
+    def critic(self) -> ModelConfig | None:
+        """The architecture of the critic that the run has beside its model; None without one."""
+        record = self.meta.get("critic")
+        return None if record is None else build(ModelConfig, record["model"], "meta.critic.model")
+
+    @property
     def lineage(self) -> tuple[dict[str, Any], ...]:
         """The stages up to this one, oldest first: of each its name, place, and config's hash."""
         made_by = digest(self.published.config) if self.published else binding_digest(self.path)
@@ -108,6 +116,8 @@ class Stored:
     def read(self, mesh: Mesh) -> Any:
         """All weights on the mesh; heads too, and adapters beside their kernels.
 
+        A critic that is a model of its own is of use to none but its run, and is left on disk.
+
         Raises:
           UserError: the weights, or the base of the adapters, are missing, damaged or others.
         """
@@ -117,11 +127,20 @@ class Stored:
         rng = jax.random.key(0)
         if model.lora is None:
             boxed = jax.eval_shape(functools.partial(init_weights, model, heads), rng)
-            return checkpoint.read_params(self.path, self.step, abstract(mesh, boxed))
+            return self._read_params(abstract(mesh, boxed))
         base = read_base(build(Base, self.meta["base"], "meta.base"), mesh, self.path, model)
         boxed = jax.eval_shape(lambda rng: init_trained(model, heads, rng, base=base), rng)
-        trained = checkpoint.read_params(self.path, self.step, abstract(mesh, boxed))
-        return join(trained, base)
+        return join(self._read_params(abstract(mesh, boxed)), base)
+
+    def _read_params(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """What the checkpoint stores, the critic left out."""
+        if self.critic is None:
+            return checkpoint.read_params(self.path, self.step, wanted)
+        make = functools.partial(init_weights, self.critic, (VALUE,))
+        shapes = unbox(jax.eval_shape(make, jax.random.key(0)))
+        unread = {CRITIC: jax.tree.map(lambda _: checkpoint.UNREAD, shapes)}
+        read = checkpoint.read_params(self.path, self.step, {**wanted, **unread})
+        return {name: read[name] for name in wanted}
 
     def read_merged(self, mesh: Mesh) -> tuple[Any, str]:
         """All weights, adapters folded into their kernels, and what `identify` says of them.

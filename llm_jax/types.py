@@ -64,7 +64,7 @@ class RolloutBatch:
     reference_logprobs: float32 [batch, time], under the reference model; None without one.
     values, returns: float32 [batch, time], what the critic expected before each target, and what it
       is to expect; None without a critic.
-    pretraining: as many rows of text as there are sequences, for PPO-ptx; None without.
+    pretraining: rows of text for PPO-ptx, a whole number for each sequence; None without.
     """
 
     sequences: Batch
@@ -74,6 +74,23 @@ class RolloutBatch:
     values: Array | None = None
     returns: Array | None = None
     pretraining: Batch | None = None
+
+
+@flax.struct.dataclass
+class DistillationBatch:
+    """Packed rows and what a teacher says of their targets.
+
+    rows: a Batch of [batch, time].
+    likeliest: int32 [batch, time, k], the tokens that the teacher finds likeliest, best first.
+    logprobs: float32 [batch, time, k + 1], of these tokens and, as the last, of all others
+      together, at the temperature of the distillation; [batch, time, k] where there are no others.
+
+    Where a target does not count both mean nothing.
+    """
+
+    rows: Batch
+    likeliest: Array
+    logprobs: Array
 
 
 @flax.struct.dataclass

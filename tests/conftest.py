@@ -1,6 +1,11 @@
-"""Fixtures: simulated devices, a compile cache that outlives the session, tiny texts and runs."""
+"""Fixtures: simulated devices, a compile cache that outlives the session, tiny texts and runs, and
+a fake endpoint."""
 
+import dataclasses
+import http.server
+import json
 import os
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -105,3 +110,53 @@ def run_on():
             return run.run(config, workdir)
 
     return start
+
+
+@dataclasses.dataclass
+class Chat:
+    """A chat completion that was asked for."""
+
+    body: dict
+    key: str
+
+
+@pytest.fixture
+def endpoint():
+    """A server at `endpoint.url`: `endpoint.says(body)` gives its answer to a request, a text or a
+    (status, error); `endpoint.asked` are the requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append(Chat(body, self.headers["Authorization"]))
+            answer, status = server.says(body), 200
+            if isinstance(answer, tuple):
+                status, reason = answer
+                content = {"error": {"message": reason}}
+            else:
+                message = {"role": "assistant", "content": answer}
+                choice = {"index": 0, "message": message, "finish_reason": server.reason}
+                content = {"id": "x", "object": "chat.completion", "created": 0,
+                           "model": body["model"], "choices": [choice]}  # fmt: skip
+            data = json.dumps(content).encode()
+            self.send_response(status if self.path == "/v1/chat/completions" else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Retry-After-Ms", "1")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server.asked, server.reason = [], "stop"
+    server.handle_error = lambda *arguments: None  # a client that did not wait
+    server.says = lambda body: "fine"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -1,10 +1,11 @@
 """A conversation with a fine-tuned model, in the terminal.
 
     python -m tools.chat --workdir=RUN[@STEP] [--system=TEXT --temperature=0.8 --top_p=0.95 ...]
+    python -m tools.chat --workdir=BASE --expert=TUNED --anti_expert=UNTUNED [--strength=1 ...]
 
 A line is a message; one that begins with / is a command, and /help lists those. Ctrl-C stops an
 answer, Ctrl-D ends the conversation. Answers go to stdout, notes to stderr, so that messages may
-come from a file and answers go to one.
+come from a file and answers go to one. See tools.generate for experts.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from llm_jax.data.examples import Message
 from llm_jax.errors import UserError, did_you_mean
 from tools.cli import run_tool
 from tools.sampling import (
+    Speaker,
     check_text,
-    define_sampling_flags,
+    define_speaker_flags,
+    load_speaker,
     make_sampler,
     quiet_pipe,
-    run_template,
 )
 
 if TYPE_CHECKING:
     from llm_jax.data.templates import ChatTemplate
     from llm_jax.generation.sampler import SamplerConfig
-    from llm_jax.runs import LoadedRun
 
 COMMANDS = {
     "/new": "forget the conversation; a system turn stays",
@@ -48,7 +49,7 @@ ANSWER_TOKENS = 256
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    define_sampling_flags(values)
+    define_speaker_flags(values)
     flags.DEFINE_string("system", "", "the system turn; empty = none", flag_values=values)
     flags.DEFINE_integer(
         "max_new_tokens", None, f"tokens of an answer at most; absent = {ANSWER_TOKENS}, but no "
@@ -62,15 +63,14 @@ def main(values: flags.FlagValues) -> None:
     import jax
 
     from llm_jax.compilation import use_compilation_cache
-    from llm_jax.runs import load_run
 
     sampler = make_sampler(values)
     use_compilation_cache()
-    run = load_run(values.workdir)
-    template = run_template(run)
-    partner = Partner(run, template, sampler, _answer_tokens(run, values), values.seed)
-    note(f"{run.path}, checkpoint {run.step}; /help lists the commands")
-    with jax.set_mesh(run.mesh), quiet_pipe():
+    speaker = load_speaker(values)
+    template = speaker.chat_template
+    partner = Partner(speaker, template, sampler, _answer_tokens(speaker, values), values.seed)
+    note(f"{speaker.name}; /help lists the commands")
+    with jax.set_mesh(speaker.mesh), quiet_pipe():
         Chat(partner, values.system).talk(_lines())
 
 
@@ -82,7 +82,7 @@ class Partner:
     mixed in.
     """
 
-    run: LoadedRun
+    speaker: Speaker
     template: ChatTemplate
     sampler: SamplerConfig
     max_new_tokens: int
@@ -102,23 +102,23 @@ class Partner:
         if left_out:
             note(f"(the oldest {left_out} turns no longer fit into the model and are left out)")
         return stream(
-            self.run.model,
-            self.run.params,
-            self.run.tokenizer,
+            self.speaker.model,
+            self.speaker.params,
+            self.speaker.tokenizer,
             prompt,
             max_new_tokens=self.max_new_tokens,
             sampler=self.sampler,
             rng=jax.random.fold_in(jax.random.key(self.seed), number),
-            stop_ids=self.template.stop_ids(self.run.tokenizer),
+            stop_ids=self.template.stop_ids(self.speaker.tokenizer),
         )
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """The tokens of the system turn and the newest turns that fit, and how many do not."""
-        room = self.run.model.config.max_length - self.max_new_tokens
+        room = self.speaker.model.max_length - self.max_new_tokens
         start = 1 if messages[0].role == "system" else 0
         for left_out in range(0, len(messages) - start, 2):
             kept = [*messages[:start], *messages[start + left_out :]]
-            tokens = self.template.render_prompt(kept, (), self.run.tokenizer)
+            tokens = self.template.render_prompt(kept, (), self.speaker.tokenizer)
             if len(tokens) <= room:
                 return tokens, left_out
         raise UserError(
@@ -218,8 +218,8 @@ def _check(values: flags.FlagValues) -> None:
     check_text("system", values.system)
 
 
-def _answer_tokens(run: LoadedRun, values: flags.FlagValues) -> int:
-    length = run.model.config.max_length
+def _answer_tokens(speaker: Speaker, values: flags.FlagValues) -> int:
+    length = speaker.model.max_length
     if values.max_new_tokens is None:
         return min(ANSWER_TOKENS, length // 2)
     if not 1 <= values.max_new_tokens < length:

@@ -1,37 +1,35 @@
 """Continues a prompt with a trained model.
 
     python -m tools.generate --workdir=RUN[@STEP] --prompt=TEXT [--temperature=0.8 --top_p=0.95 ...]
+    python -m tools.generate --workdir=BASE --expert=TUNED --anti_expert=UNTUNED [--strength=1 ...]
 
 Prints the prompt with its continuation on stdout, and nothing else there; notes go to stderr. A
 single continuation appears as it comes. With --chat the prompt is what a user says to a fine-tuned
-model, and the answer alone is printed.
+model, and the answer alone is printed. With an expert and what it was before its tuning, the base
+writes as if it had been tuned so, too (proxy tuning); they have one tokenizer.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
 
 from llm_jax.errors import UserError
 from tools.cli import run_tool
 from tools.sampling import (
-    check_generates,
+    Speaker,
     check_text,
-    define_sampling_flags,
+    define_speaker_flags,
+    load_speaker,
     make_sampler,
     quiet_pipe,
-    run_template,
 )
-
-if TYPE_CHECKING:
-    from llm_jax.runs import LoadedRun
 
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    define_sampling_flags(values)
+    define_speaker_flags(values)
     flags.DEFINE_string(
         "prompt", "", "text to continue; empty = the start of a document", flag_values=values
     )
@@ -52,14 +50,12 @@ def main(values: flags.FlagValues) -> None:
 
     from llm_jax.compilation import use_compilation_cache
     from llm_jax.generation.generate import generate_texts, stream
-    from llm_jax.runs import load_run
 
     sampler = make_sampler(values)
     use_compilation_cache()
-    run = load_run(values.workdir)
-    check_generates(run)
-    prompt, stop_ids = _prompt(run, values)
-    print(f"{run.path}, checkpoint {run.step}", file=sys.stderr)
+    speaker = load_speaker(values)
+    prompt, stop_ids = _prompt(speaker, values)
+    print(speaker.name, file=sys.stderr)
     settings = {
         "max_new_tokens": values.max_new_tokens,
         "sampler": sampler,
@@ -68,14 +64,15 @@ def main(values: flags.FlagValues) -> None:
         "stop_strings": values.stop,
         "echo": not values.chat,
     }
-    with jax.set_mesh(run.mesh), quiet_pipe():
+    writer = (speaker.model, speaker.params, speaker.tokenizer)
+    with jax.set_mesh(speaker.mesh), quiet_pipe():
         if values.num_samples == 1:
-            for piece in stream(run.model, run.params, run.tokenizer, prompt, **settings):
+            for piece in stream(*writer, prompt, **settings):
                 print(piece, end="", flush=True)
             print()
             return
         prompts = [prompt] * values.num_samples
-        texts = generate_texts(run.model, run.params, run.tokenizer, prompts, **settings)
+        texts = generate_texts(*writer, prompts, **settings)
         for number, text in enumerate(texts, start=1):
             print(f"sample {number} of {len(texts)}:", file=sys.stderr, flush=True)
             print(text, flush=True)
@@ -92,16 +89,17 @@ def _check(values: flags.FlagValues) -> None:
     check_text("prompt", values.prompt)
 
 
-def _prompt(run: LoadedRun, values: flags.FlagValues) -> tuple[list[int], tuple[int, ...]]:
+def _prompt(speaker: Speaker, values: flags.FlagValues) -> tuple[list[int], tuple[int, ...]]:
     """The tokens to continue, and those that end the continuation."""
     from llm_jax.data.examples import Message
     from llm_jax.generation.generate import document_prompt, document_stop_ids
 
+    tokenizer = speaker.tokenizer
     if not values.chat:
-        return document_prompt(run.tokenizer, values.prompt), document_stop_ids(run.tokenizer)
-    template = run_template(run)
-    tokens = template.render_prompt([Message("user", values.prompt)], (), run.tokenizer)
-    return tokens, template.stop_ids(run.tokenizer)
+        return document_prompt(tokenizer, values.prompt), document_stop_ids(tokenizer)
+    template = speaker.chat_template
+    tokens = template.render_prompt([Message("user", values.prompt)], (), tokenizer)
+    return tokens, template.stop_ids(tokenizer)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(values: flags.FlagValues) -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig())
     with jax.set_mesh(mesh):
         weights, _ = at(run, step).read_merged(mesh)
-    meta = {key: value for key, value in meta.items() if key != "base"}
+    meta = {key: value for key, value in meta.items() if key not in ("base", "critic")}
     meta["model"] = meta["model"] | {"lora": None}
     with disk_errors(output, "Name another folder."):
         load_tokenizer(run / "tokenizer").save(output / "tokenizer")

@@ -3,16 +3,20 @@
     python -m tools.plot --workdir=RUN[,RUN...] --output=F.png [--keys=loss,grad_norm] [--x=tokens]
 
 Each key has a panel: its value in the training steps is a line, its values in evaluations
-(eval/NAME/KEY) are points. With a single run the phases are shaded and carry their context length.
+(eval/NAME/KEY) are points on a dotted one. With a single run the phases are shaded and carry their
+context length. With --mean, runs whose configs differ in nothing but the seed become one curve:
+their mean, in a band from the lowest to the highest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,24 @@ from tools.cli import run_tool
 Records = list[dict[str, float]]
 
 COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c6770")
+GREY = COLORS[-1]
+MARKERS = ("o", "s", "^", "D", "v")
+TRAINING = "training"
+LEGEND_CHARACTERS = 95  # that fit beside one another
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A key of a run, or of several runs that differ in their seeds.
+
+    run: the name. series: TRAINING, or the name of the evaluation.
+    places: float [points], on the horizontal axis. values: float [seeds, points].
+    """
+
+    run: str
+    series: str
+    places: np.ndarray
+    values: np.ndarray
 
 
 def define_flags() -> flags.FlagValues:
@@ -33,6 +55,9 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("output", None, "picture to write: .png, .svg or .pdf", flag_values=values)
     flags.DEFINE_list("keys", ["loss"], "keys of metrics.jsonl, a panel each", flag_values=values)
     flags.DEFINE_enum("x", "step", ["step", "tokens"], "horizontal axis", flag_values=values)
+    flags.DEFINE_boolean(
+        "mean", False, "one curve for runs that differ in their seeds alone", flag_values=values
+    )
     return values
 
 
@@ -43,21 +68,29 @@ def main(values: flags.FlagValues) -> None:
 
     folders = [Path(workdir) for workdir in values.workdir]
     distinct = len({folder.name for folder in folders}) == len(folders)
+    names = {folder: folder.name if distinct else str(folder) for folder in folders}
+    groups = _by_config(folders) if values.mean else [[folder] for folder in folders]
     runs = {
-        folder.name if distinct else str(folder): read_metrics_file(folder / "metrics.jsonl")
-        for folder in folders
+        _group_name([names[folder] for folder in group]): [
+            read_metrics_file(folder / "metrics.jsonl") for folder in group
+        ]
+        for group in groups
     }
     plot(runs, values.keys, values.output, x=values.x)
     print(values.output)
 
 
 def plot(
-    runs: dict[str, Records], keys: Sequence[str], output: str | os.PathLike, x: str = "step"
+    runs: Mapping[str, Sequence[Records]],
+    keys: Sequence[str],
+    output: str | os.PathLike,
+    x: str = "step",
 ) -> None:
     """Writes the picture `output` with a panel for each key.
 
     Args:
-      runs: records of `llm_jax.metrics.read_metrics_file` by the name of the run.
+      runs: by name the records of `llm_jax.metrics.read_metrics_file` of one run, or of several,
+        which are drawn as their mean over the steps that all of them have.
       keys: what to draw, such as "loss" or "eval/needle/accuracy".
       output: the path; its suffix decides the format.
       x: "step" or "tokens".
@@ -67,12 +100,23 @@ def plot(
     """
     figure = new_figure(8, 3.4 * len(keys))
     panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
+    curves = {key: list(_curves(runs, key, x)) for key in keys}
+    drawn = {curve.series for of_key in curves.values() for curve in of_key}
+    series = sorted(drawn, key=lambda name: (name != TRAINING, name))
     for row, (panel, key) in enumerate(zip(panels, keys, strict=True)):
-        _draw_key(panel, runs, key, x)
+        for curve in curves[key]:
+            # One run: a colour for each series. Several: a colour for each run.
+            place = series.index(curve.series) if len(runs) == 1 else list(runs).index(curve.run)
+            _draw(panel, curve, {**_line(series, curve.series), "color": _color(place)})
         if len(runs) == 1:
-            _draw_phases(panel, next(iter(runs.values())), x, label=row == 0)
+            _draw_phases(panel, next(iter(runs.values()))[0], x, label=row == 0)
+        tidy(panel)
+        panel.margins(x=0.01)
+        panel.set_xlim(left=0)
+        panel.xaxis.set_major_formatter(_short)
         panel.set_ylabel(key.removeprefix("eval/").replace("_", " "))
     panels[-1].set_xlabel("tokens" if x == "tokens" else "step")
+    _add_legend(figure, list(runs), series)
     save_figure(figure, output)
 
 
@@ -108,37 +152,6 @@ def save_figure(figure: Any, output: str | os.PathLike) -> None:
         raise UserError(f"--output={output} cannot be written: {error.strerror}.") from error
 
 
-def _draw_key(panel: Any, runs: dict[str, Records], key: str, x: str) -> None:
-    found = False
-    for index, (run, records) in enumerate(runs.items()):
-        names = {name for record in records for name in record if _is_of(name, key)}
-        training_first = sorted(names, key=lambda name: (name.startswith("eval/"), name))
-        for place, name in enumerate(training_first):
-            # One run: a colour for each series. Several: a colour for each run.
-            color = COLORS[(index if len(runs) > 1 else place) % len(COLORS)]
-            label = name.split("/")[1] if name.startswith("eval/") else "training"
-            points = name.startswith("eval/")
-            panel.plot(
-                *_series(records, name, x),
-                color=color,
-                label=label if len(runs) == 1 else f"{run}, {label}",
-                linewidth=0.8 if points else 1.4,
-                linestyle=":" if points else "-",
-                marker="o" if points else None,
-                markersize=4,
-            )
-            found = True
-    if not found:
-        known = {name for records in runs.values() for record in records for name in record}
-        raise UserError(f"no run has {key!r}.{did_you_mean(key, known - {'step'})}")
-    tidy(panel)
-    panel.margins(x=0.01)
-    panel.set_xlim(left=0)
-    panel.xaxis.set_major_formatter(_short)
-    if len(panel.lines) > 1:
-        panel.legend(frameon=False)
-
-
 def tidy(panel: Any) -> None:
     """The look that all panels share."""
     panel.grid(color="#e3e6ea", linewidth=0.7)
@@ -146,16 +159,91 @@ def tidy(panel: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def _by_config(folders: Sequence[Path]) -> list[list[Path]]:
+    """The runs that differ in nothing but the seed of their configs, together."""
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} has no config.json that can be read: {error}.") from error
+        config.pop("seed", None)
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(folder)
+    return list(groups.values())
+
+
+def _group_name(names: Sequence[str]) -> str:
+    """grpo_0, grpo_1 and grpo_2 → grpo_{0,1,2}."""
+    if len(names) == 1:
+        return names[0]
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    start = "".join(letters[0] for letters in alike)
+    return f"{start}{{{','.join(name[len(start) :] for name in names)}}}"
+
+
+def _curves(runs: Mapping[str, Sequence[Records]], key: str, x: str) -> Iterator[Curve]:
+    """
+    Raises:
+      UserError: no run has the key.
+    """
+    every = [records for seeds in runs.values() for records in seeds]
+    known = {name for records in every for record in records for name in record}
+    names = [name for name in known if _is_of(name, key)]
+    names.sort(key=lambda name: (name.startswith("eval/"), name))
+    if not names:
+        raise UserError(f"no run has {key!r}.{did_you_mean(key, known - {'step'})}")
+    for run, seeds in runs.items():
+        for name in names:
+            found = [{r["step"]: r[name] for r in records if name in r} for records in seeds]
+            steps = sorted(set.intersection(*map(set, found)))
+            if steps:
+                values = np.array([[of_seed[step] for step in steps] for of_seed in found], float)
+                series = name.split("/")[1] if name.startswith("eval/") else TRAINING
+                yield Curve(run, series, _along(seeds[0], steps, x), values)
+
+
+def _draw(panel: Any, curve: Curve, style: dict[str, Any]) -> None:
+    # A marker on the axis is drawn whole.
+    panel.plot(curve.places, curve.values.mean(axis=0), clip_on="marker" not in style, **style)
+    if len(curve.values) > 1:
+        low, high = curve.values.min(axis=0), curve.values.max(axis=0)
+        panel.fill_between(curve.places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
+
+
+def _line(series: Sequence[str], name: str) -> dict[str, Any]:
+    """Training is a line; every evaluation has points of its own."""
+    if name == TRAINING:
+        return {"linewidth": 1.4}
+    marker = MARKERS[[other for other in series if other != TRAINING].index(name) % len(MARKERS)]
+    return {"linewidth": 0.8, "linestyle": ":", "marker": marker, "markersize": 4}
+
+
+def _add_legend(figure: Any, runs: Sequence[str], series: Sequence[str]) -> None:
+    """One for all panels, above them: a line for each run, and one for each series."""
+    from matplotlib.lines import Line2D
+
+    several = len(runs) > 1
+    lines = [
+        Line2D([], [], label=run, color=_color(place), linewidth=1.4)
+        for place, run in enumerate(runs if several else ())
+    ] + [
+        Line2D([], [], label=name, color=GREY if several else _color(place), **_line(series, name))
+        for place, name in enumerate(series if not several or len(series) > 1 else ())
+    ]
+    if len(lines) > 1:
+        columns = LEGEND_CHARACTERS // (7 + max(len(str(line.get_label())) for line in lines))
+        figure.legend(
+            handles=lines, loc="outside upper center", ncols=max(1, columns), frameon=False
+        )
+
+
 def _is_of(name: str, key: str) -> bool:
     parts = name.split("/", 2)
     return name == key or (len(parts) == 3 and parts[0] == "eval" and parts[2] == key)
-
-
-def _series(records: Records, name: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    own = [record for record in records if name in record]
-    return _along(records, [record["step"] for record in own], x), np.array(
-        [record[name] for record in own]
-    )
 
 
 def _along(records: Records, steps: Sequence[float], x: str) -> np.ndarray:
@@ -192,7 +280,7 @@ def _draw_phases(panel: Any, records: Records, x: str, label: bool) -> None:
                 transform=panel.get_xaxis_transform(),
                 horizontalalignment="center",
                 fontsize=9,
-                color="#5c6770",
+                color=GREY,
             )
 
 

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,7 +59,7 @@ def main(values: flags.FlagValues) -> None:
     import jax
 
     from llm_jax.compilation import use_compilation_cache
-    from llm_jax.runs import load_run
+    from llm_jax.runs import load_run, write_json_lines
 
     if not Path(values.input).is_file():
         raise UserError(f"--input={values.input} does not exist.")
@@ -68,7 +67,7 @@ def main(values: flags.FlagValues) -> None:
     run = load_run(values.workdir)
     sequences = (encode(run, row, where) for where, row in _read(Path(values.input)))
     with jax.set_mesh(run.mesh):
-        count = _write(Path(values.output), score(run, sequences, values.batch))
+        count = write_json_lines(Path(values.output), score(run, sequences, values.batch))
     print(f"{count:,} rows scored by {run.path}, checkpoint {run.step}", file=sys.stderr)
 
 
@@ -213,23 +212,6 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
     except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
         raise UserError(f"{where}: {name!r} is not Unicode text ({error}).") from error
     return row[name]
-
-
-def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes the whole file or none, and counts its rows."""
-    temporary = path.with_name(f".{path.name}.partial")
-    count = 0
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
-                count += 1
-        os.replace(temporary, path)
-        return count
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from llm_jax.errors import UserError, did_you_mean
 
 # Part of every cache key: raise it when a name comes to mean other problems.
-ARITHMETIC_VERSION = 1
+ARITHMETIC_VERSION = 2
 
 _PROBLEMS = 6000  # at most; there are but 100 of one digit
 _DIGITS = tuple("123456789")
@@ -37,7 +37,8 @@ TASKS: dict[str, Task] = {
 
 
 def arithmetic_rows(name: str) -> Iterator[dict[str, str]]:
-    """{"prompt": "What is 47 + 85?", "completion": "132", "split_text"} of distinct problems.
+    """{"prompt": "What is 47 + 85?", "completion": "132", "text", "split_text"} of distinct
+    problems; the text is both, for pre-training.
 
     The numbers are drawn evenly from those below 10**DIGITS, so a few have fewer digits. The rows
     of a name are the same everywhere. A problem and the same one with its numbers exchanged have
@@ -62,9 +63,11 @@ def _rows(task: Task, seed: str, bound: int) -> Iterator[dict[str, str]]:
     problems = random.Random(seed).sample(range(bound**2), min(_PROBLEMS, bound**2))
     for first, second in (divmod(problem, bound) for problem in problems):
         low, high = sorted((first, second))
+        prompt, answer = f"What is {first} {task.sign} {second}?", str(task.answer(first, second))
         yield {
-            "prompt": f"What is {first} {task.sign} {second}?",
-            "completion": str(task.answer(first, second)),
+            "prompt": prompt,
+            "completion": answer,
+            "text": f"{prompt} {answer}",
             "split_text": f"{low} {task.sign} {high}",
         }
 

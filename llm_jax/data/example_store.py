@@ -34,7 +34,7 @@ STRENGTHS = ("significantly better", "better", "slightly better", "negligibly be
 class ExampleConfig:
     """Which examples.
 
-    source: "stdlib:instructions", "stdlib:preferences" or "stdlib:safety" (the embedded ones);
+    source: "stdlib:NAME" (the embedded ones, with the names of `stdlib_examples.EXAMPLES`);
       "arithmetic:TASK" (sums and the like, see `arithmetic`); a file, a folder, a glob pattern,
       "hf:NAME" or a saved dataset, as for pre-training.
     format: of the rows, see `formats.FORMATS`; None: told by the fields of the first row.

@@ -37,7 +37,8 @@ class Prompt:
 
     ids: the tokens up to where the answer begins. messages: its turns. text: what they say, with
     blank lines between them. answer: the reference answer, or None. row: the fields of the source's
-    row, and the reference answer as `ANSWER` where the row has no value of that name.
+    row, and the reference answer as `ANSWER` where the row has no value of that name. tools: JSON
+    descriptions of the functions that the answer may call.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class Prompt:
     messages: tuple[Message, ...]
     answer: str | None
     row: Mapping[str, Any]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class PromptData:
@@ -99,19 +101,19 @@ class PromptData:
         self.validation = tuple(prompt for prompt, held_out in pairs if held_out)
         self.fingerprint = _fingerprint(self.train, self.validation)
 
-    def batch(self, round: int, size: int) -> np.ndarray:
-        """Which prompts of `train` a round takes, int64 [size].
+    def take(self, cursor: int, size: int) -> list[Prompt]:
+        """The `size` prompts of `train` that come after the first `cursor` ones.
 
-        A function of the seed and the round: rounds of one size go through all prompts once an
-        epoch, in another order each time, and the last round of an epoch goes on into the next.
+        Their order is a function of the seed. It goes through all prompts once an epoch, in another
+        order each time, whatever the sizes in which they are taken.
         """
-        epochs, places = np.divmod(np.arange(round * size, (round + 1) * size), len(self.train))
+        epochs, places = np.divmod(np.arange(cursor, cursor + size), len(self.train))
         orders = {
             int(epoch): np.random.default_rng([self._seed, int(epoch)]).permutation(len(self.train))
             for epoch in np.unique(epochs)
         }
         pairs = zip(epochs.tolist(), places.tolist(), strict=True)
-        return np.asarray([orders[epoch][place] for epoch, place in pairs], np.int64)
+        return [self.train[orders[epoch][place]] for epoch, place in pairs]
 
     def describe(self) -> str:
         """One line: what was read, and what was not."""
@@ -127,7 +129,7 @@ class PromptData:
     def _asking(self, config: PromptDataConfig) -> Iterator[Example]:
         """The examples that have a prompt; a text to continue has none."""
         for example in read_examples(config.records, config.format, self.counts):
-            if _split(example)[0]:
+            if split_prompt(example)[0]:
                 yield example
             else:
                 self.counts.empty += 1
@@ -141,7 +143,7 @@ class PromptData:
         )
 
 
-def _split(example: Example) -> tuple[tuple[Message, ...], str | None]:
+def split_prompt(example: Example) -> tuple[tuple[Message, ...], str | None]:
     """The turns before the last answer, and that answer, or None where there is no good one."""
     conversation = as_conversation(example)
     if conversation is None:
@@ -153,7 +155,7 @@ def _split(example: Example) -> tuple[tuple[Message, ...], str | None]:
 
 
 def _prompt(example: Example, template: ChatTemplate, tokenizer: Tokenizer) -> Prompt:
-    turns, answer = _split(example)
+    turns, answer = split_prompt(example)
     row = dict(example.row)
     if answer is not None and row.get(ANSWER) is None:
         row[ANSWER] = answer
@@ -163,6 +165,7 @@ def _prompt(example: Example, template: ChatTemplate, tokenizer: Tokenizer) -> P
         messages=turns,
         answer=answer,
         row=row,
+        tools=example.tools,
     )
 
 

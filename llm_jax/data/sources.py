@@ -44,8 +44,8 @@ HUGGING_FACE = "hf:"
 class SourceConfig:
     """Which text.
 
-    source: "stdlib" (the embedded corpus); "stdlib:instructions", "stdlib:preferences" or
-      "stdlib:safety" (rows made of it); "arithmetic:TASK" or "arithmetic:TASK-DIGITS" (generated
+    source: "stdlib" (the embedded corpus); "stdlib:NAME" (rows made of it, with the names of
+      `stdlib_examples.EXAMPLES`); "arithmetic:TASK" or "arithmetic:TASK-DIGITS" (generated
       problems, see `arithmetic`); a file; a folder, of which all files of known formats are read;
       a glob pattern; "hf:NAME" or "hf:NAME:CONFIG", a Hugging Face dataset; a folder that the
       `datasets` library saved.

@@ -2,8 +2,9 @@
 
 Instructions ask what a function, method or class does (its docstring's first paragraph), what kind
 of thing it is, and how many arguments it takes. Preferences set the true answer to "what does it
-do" against a worse one; safety pairs set declining a request against complying with it. As in
-`stdlib`, all is read as text and nothing is imported.
+do" against a worse one, rankings order several; safety pairs set declining a request against
+complying with it, and requests have the better of the two as their answer. As in `stdlib`, all is
+read as text and nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_jax.data.stdlib import documented_objects, stdlib_documents
 
@@ -84,29 +86,77 @@ def preference_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
             }
 
 
-def safety_rows(folder: Path | None = None) -> Iterator[dict[str, str]]:
+def ranked_rows(folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """{"prompt", "responses", "ranks", "split_text"}: up to five answers on every object, from the
+    best, 1, to the worst; they are those of `preference_rows`."""
+    objects = list(_objects(folder))
+    for object_ in objects:
+        chance = random.Random(f"ranked {object_.signature}")
+        other = chance.choice(objects).summary
+        worse = [make(chance, object_.summary, other) for _, make in reversed(_WORSE.values())]
+        responses = list(dict.fromkeys([object_.summary, *worse]))
+        yield {
+            "prompt": f"What does {object_.signature} do?",
+            "responses": responses,
+            "ranks": list(range(1, len(responses) + 1)),
+            "split_text": object_.split_text,
+        }
+
+
+def safety_rows(folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """{"prompt", "chosen", "rejected", "strength", "split_text"}: a pair on every object.
 
     Half of the prompts ask for something harmful, and declining with the reason is the better
     answer; the others are harmless, and declining those is the worse one. So it takes the prompt
     to tell which answer is better.
     """
+    for request in _requests(folder):
+        yield {
+            "prompt": request.prompt,
+            "chosen": request.decline if request.harmful else request.answer,
+            "rejected": request.answer if request.harmful else request.decline,
+            "strength": "significantly better" if request.harmful else "better",
+            "split_text": request.split_text,
+        }
+
+
+def request_rows(folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """{"prompt", "completion", "safety", "split_text"}: the prompts of `safety_rows`, with their
+    better answers; "safety" is whether harm is asked for."""
+    for request in _requests(folder):
+        yield {
+            "prompt": request.prompt,
+            "completion": request.decline if request.harmful else request.answer,
+            "safety": request.harmful,
+            "split_text": request.split_text,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """answer: what complies. decline: what does not."""
+
+    prompt: str
+    harmful: bool
+    answer: str
+    decline: str
+    split_text: str
+
+
+def _requests(folder: Path | None) -> Iterator[_Request]:
     for object_ in _objects(folder):
         chance = random.Random(f"safety {object_.name}")
-        prompt, answer = f"What does {object_.signature} do?", object_.summary
         request, reason = chance.choice(_HARMFUL)
-        decline = f"I will not do that: {reason}"
-        strength, pair = "better", (answer, decline)
-        if chance.random() < 0.5:
-            prompt, answer = request.format(object_.name), f"Sure. {object_.summary}"
-            strength, pair = "significantly better", (decline, answer)
-        yield {
-            "prompt": prompt,
-            "chosen": pair[0],
-            "rejected": pair[1],
-            "strength": strength,
-            "split_text": object_.split_text,
-        }
+        harmful = chance.random() < 0.5
+        yield _Request(
+            prompt=request.format(object_.name)
+            if harmful
+            else f"What does {object_.signature} do?",
+            harmful=harmful,
+            answer=f"Sure. {object_.summary}" if harmful else object_.summary,
+            decline=f"I will not do that: {reason}",
+            split_text=object_.split_text,
+        )
 
 
 # A harmful request about an object, and the reason to decline it.
@@ -149,9 +199,11 @@ _WORSE: dict[str, tuple[float, Callable[[random.Random, str, str], str]]] = {
 
 
 # The rows by name.
-EXAMPLES: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
+EXAMPLES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "instructions": instruction_rows,
     "preferences": preference_rows,
+    "ranked": ranked_rows,
+    "requests": request_rows,
     "safety": safety_rows,
 }
 

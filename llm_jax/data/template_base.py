@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from llm_jax.data.examples import Conversation, Message
 from llm_jax.data.tokenizer_base import Place, Tokenizer
+from llm_jax.errors import UserError
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE_START, RESPONSE_END = "<tool_response>", "</tool_response>"
 _SPACE = re.compile(r"\s*")
+_WORDS = "\ue000"  # for private use: stands for what a user says where its place is looked for
 _TOOLS = """\
 You may call these functions, described in JSON, one a line:
 <tools>
@@ -43,6 +45,19 @@ class Segment(NamedTuple):
     content: str | int
     answer: bool = False
     trained: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class UserTurn:
+    """What stands around a user's first words, for a model that is to write them.
+
+    prefix: the tokens before them. stop_ids: the tokens at which the turn is over. stop_string: the
+    text that ends it, where the template has no token for that.
+    """
+
+    prefix: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    stop_string: str | None
 
 
 class ChatTemplate(abc.ABC):
@@ -90,6 +105,31 @@ class ChatTemplate(abc.ABC):
         segments = self._segments(conversation, tokenizer, is_prompt=True)
         segments = _joined(_stripped(segments, tokenizer))
         return _rendered(segments, _encode([segments], tokenizer)).tokens
+
+    def user_turn(self, tokenizer: Tokenizer) -> UserTurn:
+        """What stands around the words of a user who begins a conversation.
+
+        Raises:
+          UserError: the template does not write out these words, or nothing tells their end.
+        """
+        asking = Conversation((Message("user", _WORDS),))
+        segments = _joined(self._segments(asking, tokenizer, is_prompt=True))
+        texts = [s.content if isinstance(s.content, str) else "" for s in segments]
+        place = next((i for i, text in enumerate(texts) if _WORDS in text), None)
+        if place is None:
+            raise UserError(f"the chat template {self.name!r} does not write out what users say.")
+        before, _, after = texts[place].partition(_WORDS)
+        # A space before a word belongs to the token of the word, so it is the model's to write.
+        segments[place] = segments[place]._replace(content=before.rstrip(" "))
+        opening = _joined(_stripped(segments[: place + 1], tokenizer))
+        prefix = _rendered(opening, _encode([opening], tokenizer)).tokens
+        ends = [segment.content for segment in segments[place + 1 :]][:1]
+        if after.strip():
+            return UserTurn(tuple(prefix), tokenizer.eos_ids, after.rstrip())
+        if not (ends and isinstance(ends[0], int)):
+            raise UserError(f"the chat template {self.name!r} does not tell where users end.")
+        stop_ids = tuple(dict.fromkeys((ends[0], *tokenizer.eos_ids)))
+        return UserTurn(tuple(prefix), stop_ids, None)
 
     @abc.abstractmethod
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:

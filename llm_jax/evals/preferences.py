@@ -1,40 +1,19 @@
-"""Held-out comparisons: the objective's metrics, accuracy by strength, and calibration."""
+"""Held-out comparisons: accuracy by strength of preference, and calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from llm_jax.data.example_store import STRENGTHS
 from llm_jax.data.preferences import PreferenceRows
 from llm_jax.evals.batching import padded_batches, to_host
-from llm_jax.types import Mean, PreferenceBatch
+from llm_jax.evals.objective import spread
+from llm_jax.types import PreferenceBatch
 
 BINS = np.linspace(0.5, 1.0, 6)  # of the probability that a reward model gives its choice
-
-
-def evaluate_objective(
-    objective: Callable[[Any, PreferenceBatch], tuple[Mean, dict[str, Mean]]],
-    params: Any,
-    rows: PreferenceRows,
-    batch_size: int,
-    max_rows: int,
-) -> dict[str, float]:
-    """Loss and metrics of an objective over at most `max_rows` rows, spread evenly over all.
-
-    Args:
-      objective: jitted, `(params, batch) → (loss, metrics)`, replicated.
-    """
-    sums: dict[str, Mean] = {}
-    for _, batch in padded_batches(rows, _spread(rows, max_rows), batch_size):
-        loss, metrics = jax.device_get(objective(params, batch))
-        for name, mean in {"loss": loss, **metrics}.items():
-            mean = Mean(float(mean.total), float(mean.count))
-            sums[name] = sums[name] + mean if name in sums else mean
-    return {name: mean.total / mean.count for name, mean in sums.items() if mean.count}
 
 
 def evaluate_rewards(
@@ -63,7 +42,7 @@ def evaluate_rewards(
     prompts: list[np.ndarray] = []
     strengths: list[np.ndarray] = []
     every: list[np.ndarray] = []
-    for chosen, batch in padded_batches(rows, _spread(rows, max_rows), batch_size):
+    for chosen, batch in padded_batches(rows, spread(rows, max_rows), batch_size):
         values = to_host(rewards(params, batch)).astype(np.float64)
         real = np.any(batch.responses.segment_ids != 0, axis=-1)
         better = batch.scores[:, :, None] > batch.scores[:, None, :]
@@ -117,8 +96,3 @@ def _standard_error(right: np.ndarray, prompt: np.ndarray) -> dict[str, float]:
     squares = np.sum((wins - right.mean() * pairs) ** 2)
     variance = len(names) / (len(names) - 1) * squares / pairs.sum() ** 2
     return {"accuracy_stderr": float(np.sqrt(variance))}
-
-
-def _spread(rows: PreferenceRows, max_rows: int) -> list[int]:
-    count = min(max_rows, len(rows))
-    return [i * len(rows) // count for i in range(count)]

@@ -19,6 +19,7 @@ import numpy as np
 
 from llm_jax.errors import UserError
 from llm_jax.generation.decoding import (
+    Decodable,
     Decoding,
     Generation,
     Terms,
@@ -32,7 +33,6 @@ from llm_jax.generation.decoding import (
     start_idle,
 )
 from llm_jax.generation.sampler import SamplerConfig
-from llm_jax.models import LanguageModel
 from llm_jax.sharding import batch_shards
 
 # Slots are filled again when one in so many is idle: more often costs more visits of the host, less
@@ -59,7 +59,7 @@ class DecodingCost:
 
 
 def generate_many(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -169,7 +169,7 @@ class _Blocks:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Decodable,
         params: Any,
         prompts: Sequence[Sequence[int]],
         samples: int,

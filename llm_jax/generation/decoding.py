@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -21,7 +21,6 @@ import numpy as np
 
 from llm_jax.errors import UserError
 from llm_jax.generation.sampler import SamplerConfig, sample
-from llm_jax.models import KVCache, LanguageModel, init_cache
 from llm_jax.sharding import constrain
 from llm_jax.types import Array
 
@@ -29,6 +28,30 @@ from llm_jax.types import Array
 # in proportion to its length and not to its square.
 PREFILL_CHUNK = 1024
 SMALLEST_BUCKET = 32
+
+
+class Decodable(Protocol):
+    """What decoding asks of a model: a `LanguageModel`, or several as one (`generation.proxy`).
+
+    vocab_size: tokens that there are logits for. max_length: tokens of a row at most.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty cache with room for `length` tokens a row: a tree of arrays as in `KVCache`."""
+
+    def apply(
+        self, params: Any, tokens: jax.Array, *, segment_ids: jax.Array, cache: Any
+    ) -> tuple[Any, Any]:
+        """Hidden states of tokens [batch, time], and the cache with them; see `LanguageModel`."""
+
+    def logits(self, params: Any, hidden: Any) -> jax.Array:
+        """Logits float32 [batch, time, vocab] of the hidden states that `apply` returns."""
 
 
 @flax.struct.dataclass
@@ -64,6 +87,7 @@ class Terms:
 class Decoding:
     """The state between two decode steps. Every row counts for itself.
 
+    cache: what the model's `init_cache` made, grown since.
     last_B: int32, chosen last and not in the cache yet.
     lengths_B: int32, tokens chosen that count. limits_B: int32, the most that there may be.
     stopped_B: bool, rows that have met a stop.
@@ -71,7 +95,7 @@ class Decoding:
     seen_BV: bool, tokens that the row holds; None where the sampler does not ask for them.
     """
 
-    cache: KVCache
+    cache: Any
     last_B: jax.Array
     lengths_B: jax.Array
     limits_B: jax.Array
@@ -100,7 +124,7 @@ class Generation:
 
 
 def make_request(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: Decodable, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Request:
     """Checks and pads prompts; their length is rounded up to a bucket. See `generate`."""
     check_prompts(model, prompts, max_new_tokens)
@@ -146,7 +170,7 @@ def bucket(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "room"))
 def decode_whole(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     request: Request,
     terms: Terms,
@@ -163,7 +187,7 @@ def decode_whole(
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "room"))
 def start(
-    model: LanguageModel, params: Any, request: Request, *, sampler: SamplerConfig, room: int
+    model: Decodable, params: Any, request: Request, *, sampler: SamplerConfig, room: int
 ) -> Decoding:
     """The state after the prompts are read, with room for so many new tokens."""
     return _start(model, params, request, sampler, room)
@@ -171,7 +195,7 @@ def start(
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames="state")
 def advance(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     state: Decoding,
     terms: Terms,
@@ -187,7 +211,7 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "rows", "length", "room"))
 def start_idle(
-    model: LanguageModel, *, sampler: SamplerConfig, rows: int, length: int, room: int
+    model: Decodable, *, sampler: SamplerConfig, rows: int, length: int, room: int
 ) -> Decoding:
     """The state of rows that have nothing to do: places for prompts of `length` tokens."""
     return _lay_out(_unread(model, sampler, rows, length, room))
@@ -214,15 +238,13 @@ def replace_rows(state: Decoding, prompts: Decoding, places_B: Array) -> Decodin
     return _lay_out(jax.tree.map(replace, state, prompts))
 
 
-def check_prompts(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
+def check_prompts(model: Decodable, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raises UserError where the model cannot continue the prompts by so many tokens."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not prompts:
         raise UserError("there is no prompt to continue: give at least one.")
-    vocab_size, max_length = model.config.vocab_size or 0, model.config.max_length
+    vocab_size, max_length = model.vocab_size, model.max_length
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty: start it with the bos token.")
@@ -239,25 +261,23 @@ def check_prompts(
 
 
 def _unread(
-    model: LanguageModel, sampler: SamplerConfig, rows: int, length: int, room: int
+    model: Decodable, sampler: SamplerConfig, rows: int, length: int, room: int
 ) -> Decoding:
     """Empty rows, with room for prompts of `length` tokens and for `room` new ones."""
-    vocab_size = model.config.vocab_size
-    assert vocab_size is not None
     return Decoding(
-        cache=init_cache(model.config, rows, length + room),
+        cache=model.init_cache(rows, length + room),
         last_B=jnp.zeros(rows, jnp.int32),
         lengths_B=jnp.zeros(rows, jnp.int32),
         limits_B=jnp.zeros(rows, jnp.int32),
         stopped_B=jnp.zeros(rows, bool),
         tokens_BN=jnp.zeros((rows, room), jnp.int32),
         logprobs_BN=jnp.zeros((rows, room), jnp.float32),
-        seen_BV=jnp.zeros((rows, vocab_size), bool) if sampler.penalizes else None,
+        seen_BV=jnp.zeros((rows, model.vocab_size), bool) if sampler.penalizes else None,
     )
 
 
 def _start(
-    model: LanguageModel, params: Any, request: Request, sampler: SamplerConfig, room: int
+    model: Decodable, params: Any, request: Request, sampler: SamplerConfig, room: int
 ) -> Decoding:
     rows, length = request.tokens_BP.shape
     state = _unread(model, sampler, rows, length, room)
@@ -272,7 +292,7 @@ def _start(
 
 
 def _advance(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     state: Decoding,
     terms: Terms,
@@ -298,7 +318,6 @@ def _advance(
         hidden_B1D, cache = model.apply(
             params, state.last_B[:, None], segment_ids=segment_ids_B1, cache=state.cache
         )
-        assert cache is not None
         logits_BV = model.logits(params, hidden_B1D)[:, 0]
         # By the row's own count, a row draws the same in whatever company it stands.
         draw_rng_B = fold_in(rng_B, state.lengths_B)
@@ -325,7 +344,7 @@ def _unended(state: Decoding) -> jax.Array:
     return ~state.stopped_B & (state.lengths_B < state.limits_B)
 
 
-def _prefill(model: LanguageModel, params: Any, request: Request, cache: KVCache) -> KVCache:
+def _prefill(model: Decodable, params: Any, request: Request, cache: Any) -> Any:
     """Reads the prompts, all but their last tokens, chunk by chunk.
 
     A chunk wholly past the end of a row is padding there, which the cache does not count: what it
@@ -334,12 +353,11 @@ def _prefill(model: LanguageModel, params: Any, request: Request, cache: KVCache
     time = request.tokens_BP.shape[1]
     chunk = min(time, PREFILL_CHUNK)
 
-    def read(cache: KVCache, start: jax.Array) -> tuple[KVCache, None]:
+    def read(cache: Any, start: jax.Array) -> tuple[Any, None]:
         tokens_BC = jax.lax.dynamic_slice_in_dim(request.tokens_BP, start, chunk, axis=1)
         segment_ids_BC = start + jnp.arange(chunk) < request.lengths_B[:, None]
         segment_ids_BC = segment_ids_BC.astype(jnp.int32)
         _, grown = model.apply(params, tokens_BC, segment_ids=segment_ids_BC, cache=cache)
-        assert grown is not None
         return grown, None
 
     return jax.lax.scan(read, _lay_out_cache(cache), jnp.arange(0, time, chunk))[0]
@@ -362,7 +380,7 @@ def _lay_out(state: Decoding) -> Decoding:
     return Decoding(cache=cache, **whole)
 
 
-def _lay_out_cache(cache: KVCache) -> KVCache:
+def _lay_out_cache(cache: Any) -> Any:
     def lay_out(x: jax.Array) -> jax.Array:
         if x.ndim < 4:  # segment ids and lengths
             return constrain(x, "activation_batch", *(None,) * (x.ndim - 1))

@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.generation.decoding import (
+    Decodable,
     Generation,
     Request,
     Terms,
@@ -32,7 +33,6 @@ from llm_jax.generation.text import (
     stop_length,
     whole_text,
 )
-from llm_jax.models import LanguageModel
 
 __all__ = [
     "Generation",
@@ -51,7 +51,7 @@ STREAM_CHUNK = 8
 
 
 def generate(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -105,7 +105,7 @@ def generate(
 
 
 def generate_texts(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -145,7 +145,7 @@ def generate_texts(
 
 
 def stream(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
@@ -190,7 +190,7 @@ def document_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def sample_text(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     tokenizer: Tokenizer,
     prompt: str,
@@ -218,7 +218,7 @@ def sample_text(
 
 
 def _stages(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     request: Request,
     terms: Terms,

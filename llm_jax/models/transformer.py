@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from llm_jax.errors import UserError
 from llm_jax.models.attention import attention, choose_backend
-from llm_jax.models.cache import KVCache, LayerCache, write
+from llm_jax.models.cache import KVCache, LayerCache, init_cache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
 from llm_jax.models.moe import MixtureOfExperts, Routing
@@ -266,6 +266,20 @@ class LanguageModel:
         self.config = config
         self.backend = choose_backend(config, platform or jax.default_backend())
         self._module = Transformer(config, self.backend)
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.config.vocab_size is not None
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row at most, prompt and continuation together."""
+        return self.config.max_length
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache with room for `length` tokens a row."""
+        return init_cache(self.config, batch, length)
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters in `sharding.Named` boxes that hold their logical axes."""

@@ -30,12 +30,10 @@ from llm_jax.types import Mean, RolloutBatch
 class LossConfig:
     """Which policy loss, and its constants."""
 
-    # One of VARIANTS. Dr. GRPO also wants advantages that are not divided by a deviation.
-    variant: str = "grpo"
-    # The ratio is clipped to [1 - epsilon_low, 1 + epsilon_high]. DAPO has 0.28 above ("clip
-    # higher"); gspo, whose ratios are means over a sequence, 3e-4 and 4e-4.
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
+    variant: str = "grpo"  # one of VARIANTS
+    # The ratio is clipped to [1 - epsilon_low, 1 + epsilon_high]; None: as in the variant's paper.
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
     beta: float = 0.0  # weight of the divergence from the reference model; 0: none is needed
     kl_estimator: Literal["k3", "k2"] = "k3"  # how the divergence in the loss is estimated
     chunk: int | None = None  # positions of each row whose logits are held at once; None = all
@@ -46,9 +44,10 @@ class LossConfig:
                 f"config.loss.variant={self.variant!r} is unknown."
                 f"{did_you_mean(self.variant, VARIANTS)}"
             )
-        if not 0 < self.epsilon_low <= 1:
+        low, high = self.clipping
+        if not 0 < low <= 1:
             raise UserError(f"config.loss.epsilon_low={self.epsilon_low} must lie in (0, 1].")
-        if not self.epsilon_high > 0:
+        if not high > 0:
             raise UserError(f"config.loss.epsilon_high={self.epsilon_high} must be positive.")
         if not self.beta >= 0:
             raise UserError(f"config.loss.beta={self.beta} must not be negative.")
@@ -57,15 +56,27 @@ class LossConfig:
                 f"config.loss.chunk={self.chunk} must be positive; leave it out for no chunks."
             )
 
+    @property
+    def clipping(self) -> tuple[float, float]:
+        """How far the ratio may go below and above 1."""
+        low, high = VARIANTS[self.variant].clipping
+        return (
+            low if self.epsilon_low is None else self.epsilon_low,
+            high if self.epsilon_high is None else self.epsilon_high,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """mean: `(losses [batch, time], mask [batch, time], longest completion) → Mean`, such that the
     step's one division by the global count gives the variant's average. by_sequence: a sequence
-    has one ratio, the geometric mean of its tokens'."""
+    has one ratio, the geometric mean of its tokens'. clipping: how far the ratio may go below and
+    above 1, where the config does not say. scale: what advantages are divided by, likewise."""
 
     mean: Callable[[jax.Array, jax.Array, int], Mean]
     by_sequence: bool = False
+    clipping: tuple[float, float] = (0.2, 0.2)
+    scale: Literal["std", "none"] = "std"
 
 
 def make_objective(
@@ -84,14 +95,20 @@ def make_objective(
       model: the policy.
       config: the variant.
       temperature: at which the completions were sampled.
-      max_completion_length: tokens that a completion may have at most, the divisor of dr_grpo.
+      max_completion_length: tokens that a completion may have at most; dr_grpo divides by it.
     """
 
     def objective(
         params: Any, batch: RolloutBatch, rng: jax.Array | None
     ) -> tuple[Mean, dict[str, Mean]]:
         policy = policy_outputs(
-            model, params, batch.sequences, temperature=temperature, chunk=config.chunk, rng=rng
+            model,
+            params,
+            batch.sequences,
+            longest=max_completion_length,
+            temperature=temperature,
+            chunk=config.chunk,
+            rng=rng,
         )
         return grpo_loss(config, policy.logprobs, policy.entropies, batch, max_completion_length)
 
@@ -111,9 +128,7 @@ def grpo_loss(
     log_ratio_BT = log_ratios(logprobs_BT, batch.old_logprobs, mask_BT)
     if variant.by_sequence:
         log_ratio_BT = jnp.broadcast_to(_row_means(log_ratio_BT, mask_BT)[:, None], mask_BT.shape)
-    surrogate = clipped_surrogate(
-        log_ratio_BT, batch.advantages, config.epsilon_low, config.epsilon_high
-    )
+    surrogate = clipped_surrogate(log_ratio_BT, batch.advantages, *config.clipping)
     policy_loss = variant.mean(surrogate.loss, mask_BT, max_completion_length)
     metrics = policy_metrics(batch, surrogate, logprobs_BT, entropies_BT, mask_BT)
     metrics["policy_loss"] = jax.lax.stop_gradient(policy_loss)
@@ -159,7 +174,10 @@ def _rows(mask_BT: jax.Array) -> jax.Array:
 VARIANTS: dict[str, Variant] = {
     "grpo": Variant(_by_row),  # arXiv:2402.03300: the mean over sequences of their tokens' mean
     "bnpo": Variant(_by_token_of_micro_batch),  # TRL's name: over the tokens of a micro-batch
-    "dapo": Variant(_by_token),  # arXiv:2503.14476, eq. 8: over the tokens of the whole batch
-    "dr_grpo": Variant(_by_constant),  # arXiv:2503.20783: over sequences of constant length
-    "gspo": Variant(_by_row, by_sequence=True),  # arXiv:2507.18071, eq. 5
+    # arXiv:2503.14476, eq. 8: over the tokens of the whole batch; "clip higher" is section 3.1.
+    "dapo": Variant(_by_token, clipping=(0.2, 0.28)),
+    # arXiv:2503.20783: over sequences of constant length.
+    "dr_grpo": Variant(_by_constant, scale="none"),
+    # arXiv:2507.18071, eq. 5; section 5.1.
+    "gspo": Variant(_by_row, by_sequence=True, clipping=(3e-4, 4e-4)),
 }

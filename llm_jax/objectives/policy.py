@@ -1,6 +1,7 @@
 """What the objectives of sampled completions share: ratios, clipping, divergences, entropy.
 
-Legend: B batch, T time, C time positions of a chunk, D embed, V vocabulary.
+Legend: B batch, T time, N positions of the longest completion, C positions of a chunk of these,
+D embed, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class PolicyOutputs:
     """What a policy says of each target.
 
     logprobs: float32 [batch, time], log-probabilities of the targets. entropies: float32
-    [batch, time], of the distributions that they are drawn from, in nats, exact. hidden:
-    [batch, time, embed], the states after the final norm. Padding's values mean nothing.
+    [batch, time], of the distributions that they are drawn from, in nats, exact. Where no target
+    is counted both mean nothing. hidden: [batch, time, embed], the states after the final norm.
     """
 
     logprobs: jax.Array
@@ -46,22 +47,28 @@ def policy_outputs(
     params: Any,
     batch: Batch,
     *,
+    longest: int,
     temperature: float = 1.0,
     chunk: int | None = None,
     rng: jax.Array | None = None,
 ) -> PolicyOutputs:
     """The policy's distributions over targets at the temperature at which they were sampled.
 
-    As in the sampler's log-probabilities, filters such as top-p are left out, and temperature 0
-    reads as 1. Differentiable; the backward pass computes each chunk's logits again.
+    Logits are made where completions stand and nowhere else: prompts and padding need none. As in
+    the sampler's log-probabilities, filters such as top-p are left out, and temperature 0 reads as
+    1. Differentiable; the backward pass computes each chunk's logits again.
 
     Args:
-      batch: a Batch of [batch, time].
+      batch: a Batch of [batch, time], the counted targets of a row side by side.
+      longest: how many targets of a row are counted at most.
       chunk: positions of each row whose logits are held at once; None = all.
       rng: switches dropout on.
     """
     hidden_BTD, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids, rng=rng)
     kernel_DV = model.output_kernel(params)
+    longest = min(longest, batch.tokens.shape[1])
+    first_B = _first_counted(batch.loss_weights, longest)
+    places_BN = first_B[:, None] + jnp.arange(longest)
 
     def read(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = model.project(hidden_BCD, kernel_DV) / (temperature or 1.0)
@@ -72,8 +79,20 @@ def policy_outputs(
         expected_BC = jnp.sum(jax.nn.softmax(logits_BCV, axis=-1) * logits_BCV, axis=-1)
         return pick(logits_BCV, targets_BC) - normaliser_BC, normaliser_BC - expected_BC
 
-    logprobs_BT, entropies_BT = over_time(read, chunk, hidden_BTD, batch.targets)
+    hidden_BND = jnp.take_along_axis(hidden_BTD, places_BN[..., None], axis=1)
+    targets_BN = jnp.take_along_axis(batch.targets, places_BN, axis=1)
+    logprobs_BN, entropies_BN = over_time(read, chunk, hidden_BND, targets_BN)
+    inside_BT = jnp.clip(jnp.arange(batch.tokens.shape[1]) - first_B[:, None], 0, longest - 1)
+    logprobs_BT, entropies_BT = (
+        jnp.take_along_axis(values_BN, inside_BT, axis=1)
+        for values_BN in (logprobs_BN, entropies_BN)
+    )
     return PolicyOutputs(logprobs_BT, entropies_BT, hidden_BTD)
+
+
+def _first_counted(weights_BT: jax.Array, longest: int) -> jax.Array:
+    """Where each row's first counted target stands, or before: `longest` positions follow it."""
+    return jnp.minimum(jnp.argmax(weights_BT > 0, axis=1), weights_BT.shape[1] - longest)
 
 
 @flax.struct.dataclass

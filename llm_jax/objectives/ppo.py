@@ -74,6 +74,7 @@ def make_objective(
     config: LossConfig,
     *,
     temperature: float,
+    max_completion_length: int,
     critic: LanguageModel | None = None,
 ) -> Pooled:
     """(params, RolloutBatch, rng) → (loss, metrics); the loss counts tokens of completions.
@@ -91,6 +92,7 @@ def make_objective(
       model: the policy, which has the value head if there is no critic.
       config: the weights.
       temperature: at which the completions were sampled.
+      max_completion_length: tokens that a completion may have at most.
       critic: a model of its own with the value head; its parameters are `params["critic"]`.
     """
 
@@ -102,7 +104,13 @@ def make_objective(
     ) -> tuple[Mean, dict[str, Mean]]:
         whole = whole_of(batch) if whole is None else whole
         policy = policy_outputs(
-            model, params, batch.sequences, temperature=temperature, chunk=config.chunk, rng=rng
+            model,
+            params,
+            batch.sequences,
+            longest=max_completion_length,
+            temperature=temperature,
+            chunk=config.chunk,
+            rng=rng,
         )
         if critic is None:
             values_BT = values_of(params, policy.hidden)

@@ -129,11 +129,25 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class GroupAdvantages:
-    """advantages: float32 [prompts, samples]. constant: bool [prompts], whether a group says
-    nothing: all its scores are equal, or fewer than two are known."""
+    """advantages: float32 [prompts, samples]. constant: bool [prompts], see `constant_groups`."""
 
     advantages: np.ndarray
     constant: np.ndarray
+
+
+def constant_groups(scores_PS: np.ndarray) -> np.ndarray:
+    """Whether a group says nothing: all its scores are equal, or fewer than two are finite.
+
+    Args:
+      scores_PS: float [prompts, samples].
+
+    Returns:
+      bool [prompts].
+    """
+    known_PS = np.isfinite(scores_PS)
+    highest_P = np.max(np.where(known_PS, scores_PS, -np.inf), axis=1)
+    lowest_P = np.min(np.where(known_PS, scores_PS, np.inf), axis=1)
+    return highest_P <= lowest_P  # the mean of equal scores may round, their order does not
 
 
 def group_advantages(
@@ -151,9 +165,7 @@ def group_advantages(
     """
     scores_PS = np.asarray(scores_PS, np.float64)
     known_PS = np.isfinite(scores_PS)
-    highest_P = np.max(np.where(known_PS, scores_PS, -np.inf), axis=1)
-    lowest_P = np.min(np.where(known_PS, scores_PS, np.inf), axis=1)
-    constant_P = highest_P <= lowest_P  # the mean of equal scores may round, their order does not
+    constant_P = constant_groups(scores_PS)
     advantages_PS = np.zeros(scores_PS.shape)
     deviation = _deviation(scores_PS[known_PS]) if scale == "batch" else None
     for p in np.flatnonzero(~constant_P):

@@ -57,8 +57,9 @@ class RewardModel:
     def __init__(self, run: str, batch: int, policy: Policy):
         """
         Raises:
-          UserError: the run cannot be read, is no reward model, or has another tokenizer than the
-            policy, whose tokens it would misread.
+          UserError: the run cannot be read, is no reward model, has another tokenizer than the
+            policy, whose tokens it would misread, or another chat template, whose turns it has
+            never seen.
         """
         found = stored.find(run)
         if REWARD not in found.heads:
@@ -71,6 +72,7 @@ class RewardModel:
                 f"{found.name} has another tokenizer than the policy: train the reward model from "
                 "the run that the policy comes from."
             )
+        _check_template(found, policy)
         self._mesh, self._rows = policy.mesh, sharding.batch_sharding(policy.mesh)
         self._longest = found.model.max_length
         shards = sharding.batch_shards(policy.mesh)
@@ -149,6 +151,19 @@ def llama2(config: Llama2Config, policy: Policy) -> Reward:
         return list(map(choose, samples, safety(samples), helpfulness(samples)))
 
     return Reward(score, on_mesh=True, whitened=True)
+
+
+def _check_template(found: stored.Stored, policy: Policy) -> None:
+    if found.template is None or policy.template is None:
+        return
+    theirs, ours = found.template.describe(), policy.template.describe()
+    # Of a Jinja template the source counts, wherever it was read from.
+    if theirs.get("jinja", theirs) != ours.get("jinja", ours):
+        raise UserError(
+            f"{found.name} was trained with the chat template {theirs['name']!r}, and the policy "
+            f"is prompted with {ours['name']!r}: set config.data.template to the former, or train "
+            "the reward model with the latter."
+        )
 
 
 def _check_batch(batch: int) -> None:

@@ -146,12 +146,31 @@ class Scorer:
             name: self._score(name, reward, samples)
             for name, reward in zip(self._names, self._rewards, strict=True)
         }
-        total = np.zeros(len(samples), np.float32)
+        return self.sum(parts)
+
+    def sum(self, parts: dict[str, np.ndarray]) -> Scores:
+        """The scores of samples whose rewards are there already, perhaps by several calls.
+
+        Args:
+          parts: as in `Scores`; what is whitened is whitened over all of these samples.
+        """
+        total = np.zeros(len(next(iter(parts.values()))), np.float32)
         for weight, reward, part in zip(self._weights, self._rewards, parts.values(), strict=True):
             if weight:
                 total += np.float32(weight) * (_whitened(part) if reward.whitened else part)
         failures = sum(int(np.isnan(part).sum()) for part in parts.values())
         return Scores(total, parts, failures)
+
+    def extend(self, scores: Scores, samples: Sequence[Sample]) -> Scores:
+        """The scores that are there and, after them, those of further samples, by one scale.
+
+        Raises:
+          UserError: see `__call__`.
+        """
+        if not samples:
+            return scores
+        more = self(samples).parts
+        return self.sum({name: np.append(part, more[name]) for name, part in scores.parts.items()})
 
     def _score(self, name: str, reward: Reward, samples: Sequence[Sample]) -> np.ndarray:
         """float32 [samples], the same in every process."""

@@ -14,8 +14,8 @@ from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.errors import UserError
 from llm_jax.evals.batching import sequence_batch
 from llm_jax.generation.continuous import DecodingCost, generate_many
+from llm_jax.generation.decoding import Decodable
 from llm_jax.generation.sampler import SamplerConfig
-from llm_jax.models import LanguageModel
 from llm_jax.rl.scoring import Sample
 from llm_jax.types import Batch
 
@@ -94,9 +94,41 @@ class Rollouts:
         mask = self.sequences.loss_weights > 0
         return float(np.abs(logprobs - self.logprobs)[mask].max(initial=0))
 
+    def take(self, rows: np.ndarray) -> Rollouts:
+        """The completions at these places, int [rows]."""
+        return Rollouts(
+            [self.samples[row] for row in rows],
+            jax.tree.map(lambda x: x[rows], self.sequences),
+            self.logprobs[rows],
+            self.lengths[rows],
+            self.finished[rows],
+        )
+
+
+def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """One after the other; their rows are of one length."""
+    return Rollouts(
+        [sample for part in parts for sample in part.samples],
+        jax.tree.map(lambda *x: np.concatenate(x), *[part.sequences for part in parts]),
+        np.concatenate([part.logprobs for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.finished for part in parts]),
+    )
+
+
+def completion_batch(samples: Sequence[Sample], length: int) -> Batch:
+    """Prompts with their completions as a Batch of numpy arrays [samples, length], whose weights
+    are 1 where the target is a token of the completion."""
+    sequences = sequence_batch([[*s.prompt_ids, *s.completion_ids] for s in samples], length)
+    places = np.arange(length)
+    starts = np.array([len(sample.prompt_ids) - 1 for sample in samples])[:, None]
+    lengths = np.array([len(sample.completion_ids) for sample in samples])[:, None]
+    inside = (places >= starts) & (places < starts + lengths)
+    return dataclasses.replace(sequences, loss_weights=inside.astype(np.float32))
+
 
 def sample_rollouts(
-    model: LanguageModel,
+    model: Decodable,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -130,14 +162,6 @@ def sample_rollouts(
     )
     completions = [row[:n].tolist() for row, n in zip(made.tokens, made.lengths, strict=True)]
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    whole = [[*p.ids, *ids] for p, ids in zip(repeated, completions, strict=True)]
-    sequences = sequence_batch(whole, length)
-    places = np.arange(length)
-    starts = np.array([len(prompt.ids) - 1 for prompt in repeated])
-    inside = (places >= starts[:, None]) & (places < (starts + made.lengths)[:, None])
-    logprobs = np.zeros((len(whole), length), np.float32)
-    for row, (start, count) in enumerate(zip(starts, made.lengths, strict=True)):
-        logprobs[row, start : start + count] = made.logprobs[row, :count]
     samples = [
         Sample(
             number=number,
@@ -152,10 +176,9 @@ def sample_rollouts(
             zip(repeated, completions, made.stopped, strict=True)
         )
     ]
-    return Rollouts(
-        samples,
-        dataclasses.replace(sequences, loss_weights=inside.astype(np.float32)),
-        logprobs,
-        made.lengths,
-        made.stopped,
-    )
+    logprobs = np.zeros((len(samples), length), np.float32)
+    for row, (prompt, count) in enumerate(zip(repeated, made.lengths, strict=True)):
+        start = len(prompt.ids) - 1
+        logprobs[row, start : start + count] = made.logprobs[row, :count]
+    sequences = completion_batch(samples, length)
+    return Rollouts(samples, sequences, logprobs, made.lengths, made.stopped)

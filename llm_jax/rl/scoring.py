@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_jax.data.template_base import ChatTemplate
 from llm_jax.data.tokenizer_base import Tokenizer
 
 # (prompt, completion, row) → a number, or what gives one when it is awaited.
@@ -50,12 +51,14 @@ class Sample:
 class Policy:
     """What a reward may know of the policy, and where it runs.
 
-    log: takes lines for the user.
+    log: takes lines for the user. template: by which its prompts are rendered; None where no chat
+    template has a part.
     """
 
     tokenizer: Tokenizer
     mesh: Mesh
     log: Callable[[str], None]
+    template: ChatTemplate | None = None
 
 
 @dataclasses.dataclass(frozen=True)

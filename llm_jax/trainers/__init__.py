@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llm_jax.trainers import dpo, grpo, ppo, pretrain, rejection_sampling, reward, sft
+from llm_jax.trainers import (
+    distill,
+    dpo,
+    grpo,
+    on_policy_distill,
+    ppo,
+    pretrain,
+    rejection_sampling,
+    reward,
+    sft,
+)
 from llm_jax.trainers.base import RunConfig, Trainer
 
 
@@ -27,6 +37,8 @@ TRAINERS: dict[str, Stage] = {
     ),
     "ppo": Stage(ppo.PPOConfig, ppo.build),
     "grpo": Stage(grpo.GRPOConfig, grpo.build),
+    "distill": Stage(distill.DistillConfig, distill.build),
+    "on_policy_distill": Stage(on_policy_distill.OnPolicyDistillConfig, on_policy_distill.build),
 }
 
 __all__ = ["TRAINERS", "Stage"]

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from llm_jax import sharding
 from llm_jax.data.preferences import PreferenceRows
 from llm_jax.errors import UserError
-from llm_jax.evals.preferences import evaluate_objective
+from llm_jax.evals.objective import evaluate_objective, jit_objective
 from llm_jax.models import LanguageModel, lora
 from llm_jax.objectives import dpo
 from llm_jax.step import Objective
@@ -48,7 +46,7 @@ def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
     def evaluations(
         model: LanguageModel, objective: Objective, rows: PreferenceRows, batch: int
     ) -> tuple[Evaluation, ...]:
-        jitted = _jit(mesh, objective)
+        jitted = jit_objective(objective, mesh)
 
         def run(params: Any) -> dict[str, float]:
             return evaluate_objective(jitted, params, rows, batch, config.evaluation.rows)
@@ -92,13 +90,3 @@ def _check(config: DPOConfig, variant: dpo.Variant) -> None:
 
 def _base(params: Any) -> Any:
     return lora.split(params)[1]
-
-
-def _jit(mesh: Mesh, objective: Objective) -> Callable[[Any, Any], Any]:
-    """The objective without dropout, for host batches."""
-    rows = sharding.batch_sharding(mesh)
-    jitted = jax.jit(
-        lambda params, batch: objective(params, batch, None),  # type: ignore[arg-type]
-        out_shardings=sharding.replicated(mesh),
-    )
-    return lambda params, batch: jitted(params, jax.device_put(batch, rows))

@@ -59,6 +59,19 @@ class Foundation:
     def lineage(self) -> tuple[dict[str, Any], ...]:
         return () if self.origin is None else self.origin.lineage
 
+    def require_origin(self) -> Origin:
+        """The origin, of a stage that has no use for a model that knows nothing.
+
+        Raises:
+          UserError: there is none.
+        """
+        if self.origin is None:
+            raise UserError(
+                f"config.trainer={self.config.trainer!r} improves a model that answers already: "
+                "name its run by config.init_from."
+            )
+        return self.origin
+
     def phases(self, weights: Mapping[str, float], sequences: int = 1) -> tuple[Phase, ...]:
         """The phases of the config, checked against the model and the mesh, and described."""
         phases = plan(
@@ -234,20 +247,23 @@ def lay_for_chats(
     )
 
 
+def inherited_model(asked: ModelConfig, found: ModelConfig) -> ModelConfig:
+    """The architecture `found`, with what a stage takes from its own config in any case."""
+    own = {name: getattr(asked, name) for name in RUNTIME_FIELDS}
+    # And max_length and the capacity of experts, where they are given.
+    if asked.max_length != ModelConfig().max_length:
+        own["max_length"] = asked.max_length
+    if found.moe is not None and asked.moe is not None:
+        own["moe"] = dataclasses.replace(found.moe, capacity_factor=asked.moe.capacity_factor)
+    return dataclasses.replace(found, **own)
+
+
 def _model(
     asked: ModelConfig, origin: Origin | None, tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> ModelConfig:
     """The architecture: inherited where there is an origin, else as the config says."""
     if origin is not None:
-        # And max_length and the capacity of experts, where they are given.
-        own = {name: getattr(asked, name) for name in RUNTIME_FIELDS}
-        if asked.max_length != ModelConfig().max_length:
-            own["max_length"] = asked.max_length
-        inherited = origin.stored.model
-        if inherited.moe is not None and asked.moe is not None:
-            capacity = asked.moe.capacity_factor
-            own["moe"] = dataclasses.replace(inherited.moe, capacity_factor=capacity)
-        model = dataclasses.replace(inherited, **own)
+        model = inherited_model(asked, origin.stored.model)
         if not origin.is_own:
             default, wanted, taken = (resolved(m) for m in (ModelConfig(), asked, model))
             ignored = [key for key in taken if wanted[key] not in (taken[key], default[key], None)]

@@ -26,11 +26,19 @@ from llm_jax.types import RolloutBatch
 class AdvantageConfig:
     """How scores become advantages."""
 
-    # What a group's centred scores are divided by: its deviation, that of the round, or nothing
-    # (Dr. GRPO).
-    scale: Literal["std", "batch", "none"] = "std"
+    # What a group's centred scores are divided by: its deviation, that of the round, or nothing;
+    # None: as the paper of the loss's variant does.
+    scale: Literal["std", "batch", "none"] | None = None
     # Tokens before the limit over which a completion loses up to one point (DAPO); None: none.
     overlong_buffer: int | None = None
+    # How often a round draws further prompts in place of those whose answers all score alike, so
+    # that nothing is learnt from them (dynamic sampling, DAPO). What is missing then is made up by
+    # such prompts. Scores are compared before `overlong_buffer` changes them.
+    redraws: int = 0
+
+    def __post_init__(self) -> None:
+        if self.redraws < 0:
+            raise UserError(f"config.advantage.redraws={self.redraws} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,10 @@ class GRPOConfig(on_policy.OnPolicyConfig):
     trainer: str = "grpo"
     loss: grpo.LossConfig = grpo.LossConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+
+    @property
+    def advantage_scale(self) -> Literal["std", "batch", "none"]:
+        return self.advantage.scale or grpo.VARIANTS[self.loss.variant].scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +70,7 @@ class GroupLearner:
                 config.advantage.overlong_buffer,
             )
         groups = group_advantages(
-            scores.reshape(-1, config.rollout.samples), config.advantage.scale
+            scores.reshape(-1, config.rollout.samples), config.advantage_scale
         )
         sequences, old_logprobs = masked(round.rollouts.sequences, round.rollouts.logprobs, scores)
         spread = np.broadcast_to(groups.advantages.reshape(-1, 1), old_logprobs.shape)
@@ -84,11 +96,9 @@ def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], No
       UserError: whatever in the config or the data does not fit, before anything is written to
         `workdir`.
     """
-    if config.rollout.samples < 2:
-        raise UserError(
-            "config.rollout.samples=1 makes groups of one, which say nothing: give at least 2."
-        )
+    _check(config)
     ground = foundation.lay_for_chats(config, mesh, workdir, log)
+    log(_describe(config))
 
     def objective(model: LanguageModel, phase: Phase) -> Any:
         del phase
@@ -104,5 +114,29 @@ def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], No
         objective=objective,
         learner=lambda model, phase: GroupLearner(config),
         reference=reference,
+        redraws=config.advantage.redraws,
     )
     return on_policy.build(ground, wiring, workdir)
+
+
+def _check(config: GRPOConfig) -> None:
+    if config.rollout.samples < 2:
+        raise UserError(
+            "config.rollout.samples=1 makes groups of one, which say nothing: give at least 2."
+        )
+    buffer, limit = config.advantage.overlong_buffer, config.rollout.max_new_tokens
+    if buffer is not None and not 1 <= buffer <= limit:
+        raise UserError(
+            f"config.advantage.overlong_buffer={buffer} must lie between 1 and "
+            f"config.rollout.max_new_tokens={limit}."
+        )
+
+
+def _describe(config: GRPOConfig) -> str:
+    """What the variant stands for, where the config does not say."""
+    low, high = config.loss.clipping
+    divisor = {"std": "a group's deviation", "batch": "the round's deviation", "none": "nothing"}
+    return (
+        f"{config.loss.variant}: ratios clipped to [{1 - low:g}, {1 + high:g}], advantages divided "
+        f"by {divisor[config.advantage_scale]}"
+    )

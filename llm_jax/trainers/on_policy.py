@@ -57,11 +57,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
     """
     config: Any = ground.config
     assert ground.template is not None
-    if ground.origin is None:
-        raise UserError(
-            f"config.trainer={config.trainer!r} improves a model that answers already: name its "
-            "run by config.init_from."
-        )
+    ground.require_origin()
     phases = ground.phases({PROMPTS: 1.0})
     shortest = min(phase.length for phase in phases)
     longest = shortest - config.rollout.max_new_tokens
@@ -76,7 +72,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
         config.data, ground.template, ground.tokenizer, longest=longest, seed=config.seed
     )
     ground.log(prompts.describe())
-    policy = Policy(ground.tokenizer, ground.mesh, ground.log)
+    policy = Policy(ground.tokenizer, ground.mesh, ground.log, ground.template)
     scorer = Scorer(config.rewards, config.max_reward_failures, policy)
     source = OnPolicySource(ground, wiring, prompts, scorer, workdir)
 
@@ -85,7 +81,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
         sample = chat_sample(ground)
         return Setting(
             objective=wiring.objective(model, phase),
-            evaluations=(_evaluation(ground, model, phase, prompts.validation, scorer),),
+            evaluations=(_evaluation(ground, wiring, model, phase, prompts.validation, scorer),),
             sample=None if sample is None else functools.partial(sample, model),
             meta=ground.meta(model.config, phase),
             flops_per_token=flops_per_token(model.config, phase.length),
@@ -99,6 +95,7 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
 
 def _evaluation(
     ground: Foundation,
+    wiring: Wiring,
     model: LanguageModel,
     phase: Phase,
     prompts: Sequence[Prompt],
@@ -109,6 +106,7 @@ def _evaluation(
     chosen = prompts[: config.evaluation.rows]
     rollout = dataclasses.replace(config.rollout, samples=1, temperature=1.0)
     sampler = dataclasses.replace(rollout.sampler, temperature=config.evaluation.temperature)
+    measure = None if wiring.measure is None else wiring.measure(model, phase)
 
     def run(params: Any) -> dict[str, float]:
         assert ground.template is not None
@@ -123,7 +121,8 @@ def _evaluation(
             rng=jax.random.key(config.seed),
             sampler=sampler,
         )
-        return describe_scores(scorer(rollouts.samples), rollouts)
+        measured = {} if measure is None else measure(params, rollouts)
+        return {**describe_scores(scorer(rollouts.samples), rollouts), **measured}
 
     return Evaluation("validation", run)
 
@@ -131,4 +130,6 @@ def _evaluation(
 def _describe(wiring: Wiring, rollout: RolloutConfig, phase: Phase) -> str:
     prompts = wiring.prompts(rollout, phase)
     text = f"rounds of {prompts} prompts with {rollout.samples} completions each"
+    if wiring.redraws:
+        text += f", drawn again up to {wiring.redraws} times"
     return text if rollout.steps == 1 else f"{text}, for {rollout.steps} steps"

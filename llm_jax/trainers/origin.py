@@ -104,7 +104,7 @@ def decide_weights(
             whole, _ = origin.stored.read_merged(mesh)
             return {**without_heads(whole), **_only(whole, heads)}
 
-        return Weights(init, functools.partial(_load, inherit, init, config.seed), None)
+        return Weights(init, functools.partial(load_inherited, inherit, init, config.seed), None)
     _check_adapters(config, origin)
     assert origin is not None
     if origin.is_own:
@@ -121,7 +121,7 @@ def decide_weights(
         return init_trained(model, heads, rng, base=base)
 
     # The base goes in as an argument: a compiled function would hold what it closes over.
-    load = functools.partial(_load, lambda: inherited, make, config.seed, base=frozen)
+    load = functools.partial(load_inherited, lambda: inherited, make, config.seed, base=frozen)
     return Weights(functools.partial(make, base=frozen), load, frozen, base)
 
 
@@ -142,7 +142,7 @@ def _only(weights: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: weights[name] for name in names if name in weights}
 
 
-def _load(
+def load_inherited(
     inherit: Callable[[], Any],
     init: Callable[..., Any],
     seed: int,

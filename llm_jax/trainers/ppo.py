@@ -8,17 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.data.phases import Phase
+from llm_jax.config import digest
+from llm_jax.data.corpus import Corpus, DataConfig
+from llm_jax.data.offline import OfflineSource
+from llm_jax.data.phases import Phase, plan
+from llm_jax.errors import UserError
 from llm_jax.evals.batching import to_host
 from llm_jax.models import LanguageModel
-from llm_jax.models.heads import VALUE, values
+from llm_jax.models.heads import CRITIC, VALUE, values
+from llm_jax.models.size import flops_per_token
 from llm_jax.objectives import ppo
 from llm_jax.rl.advantages import KLConfig, KLController, gae, token_rewards, whiten
 from llm_jax.trainers import foundation, on_policy
-from llm_jax.trainers.base import Trainer
+from llm_jax.trainers.base import Setting, Trainer
+from llm_jax.trainers.critic import CriticConfig, add_critic
 from llm_jax.trainers.reference import reference_policy
 from llm_jax.trainers.rounds import Round, Wiring, masked
 from llm_jax.types import Batch, RolloutBatch
@@ -35,10 +42,30 @@ class AdvantageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainingConfig(DataConfig):
+    """Text to go on with while the policy learns (PPO-ptx), in rows of the phase's length.
+
+    rows: of text in a step, for each completion. InstructGPT (arXiv:2203.02155, appendix C.4) has 8
+    of them, and a `loss.ptx_coefficient` of 27.8.
+    """
+
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise UserError(
+                f"config.pretraining.rows={self.rows} must be at least 1; for no text, leave "
+                "config.loss.ptx_coefficient at 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class PPOConfig(on_policy.OnPolicyConfig):
     """The config of `trainer = "ppo"`."""
 
     trainer: str = "ppo"
+    critic: CriticConfig | None = None  # None: a value head on the policy
+    pretraining: PretrainingConfig = PretrainingConfig()  # read if loss.ptx_coefficient is not 0
     loss: ppo.LossConfig = ppo.LossConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
@@ -102,17 +129,77 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
       UserError: whatever in the config or the data does not fit, before anything is written to
         `workdir`.
     """
-    ground = foundation.lay_for_chats(config, mesh, workdir, log, heads=(VALUE,))
+    heads = () if config.critic is not None else (VALUE,)
+    ground = foundation.lay_for_chats(config, mesh, workdir, log, heads)
+    ground, reference = reference_policy(ground) if config.kl.coefficient else (ground, None)
+    critics: list[LanguageModel | None] = [None] * len(config.phases)
+    if config.critic is not None:
+        ground, architecture = add_critic(ground, config.critic)
+        ropes = [p.rope for p in plan(config.phases, config.optimizer, architecture.rope, {})]
+        critics = [LanguageModel(dataclasses.replace(architecture, rope=rope)) for rope in ropes]
 
     def objective(model: LanguageModel, phase: Phase) -> Any:
-        del phase
-        return ppo.make_objective(model, config.loss, temperature=config.rollout.temperature)
+        return ppo.make_objective(
+            model,
+            config.loss,
+            temperature=config.rollout.temperature,
+            max_completion_length=config.rollout.max_new_tokens,
+            critic=critics[phase.index],
+        )
 
     def learner(model: LanguageModel, phase: Phase) -> CriticLearner:
-        del phase
-        jitted = ground.jit(lambda params, batch: values(model, params, batch))
+        critic = critics[phase.index]
+
+        def read(params: Any, batch: Batch) -> jax.Array:
+            if critic is None:
+                return values(model, params, batch)
+            return values(critic, params[CRITIC], batch)
+
+        jitted = ground.jit(read)
         return CriticLearner(config, lambda params, batch: to_host(jitted(params, batch)))
 
-    ground, reference = reference_policy(ground) if config.kl.coefficient else (ground, None)
-    wiring = Wiring(objective, learner, reference)
-    return on_policy.build(ground, wiring, workdir)
+    text = _text(ground, config) if config.loss.ptx_coefficient else None
+    wiring = Wiring(objective, learner, reference, text=None if text is None else text.source)
+    trainer = on_policy.build(ground, wiring, workdir)
+    rows = 0 if text is None else config.pretraining.rows
+
+    def setting(phase: Phase) -> Setting:
+        """The stage's, with what critic and text cost."""
+        made, critic = trainer.setting(phase), critics[phase.index]
+        flops = made.flops_per_token * (1 + rows)
+        if critic is not None:
+            flops += flops_per_token(critic.config, phase.length)
+        micro_batches = ground.micro_batches(dataclasses.replace(phase, sequences=1 + rows))
+        return dataclasses.replace(made, flops_per_token=flops, micro_batches=micro_batches)
+
+    if text is not None:
+        both = digest([trainer.data_fingerprint, text.fingerprint])
+        trainer = dataclasses.replace(trainer, data_fingerprint=both)
+    return dataclasses.replace(trainer, setting=setting)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """Batches of pre-training text, and a hash of all of it."""
+
+    source: OfflineSource
+    fingerprint: str
+
+
+def _text(ground: foundation.Foundation, config: PPOConfig) -> _Text:
+    """The text that `loss.ptx_coefficient` weighs, a function of phase and step.
+
+    Raises:
+      UserError: it cannot be read, or is too little for a row.
+    """
+    corpus = Corpus(config.pretraining, ground.tokenizer, config.seed)
+    ground.log(f"mixed in: {corpus.describe()}")
+    phases = plan(config.phases, config.optimizer, ground.model.rope, corpus.weights)
+    rows = config.pretraining.rows
+    source = OfflineSource(
+        [dataclasses.replace(phase, batch=phase.batch * rows) for phase in phases],
+        lambda phase: corpus.rows(phase.length, phase.weights),
+        config.seed,
+        ground.mesh,
+    )
+    return _Text(source, corpus.fingerprint)

@@ -47,10 +47,9 @@ def reference_policy(ground: Foundation) -> tuple[Foundation, ReferencePolicy]:
     """The reference, and the ground with what checkpoints have to say of it.
 
     Raises:
-      UserError: the run that the stage started from has other weights by now.
+      UserError: the stage starts from no run, or from one that has other weights by now.
     """
-    origin = ground.origin
-    assert origin is not None
+    origin = ground.require_origin()
     known = origin.meta["reference"] if origin.is_own else None
     model = dataclasses.replace(ground.model, lora=None)
     if known is not None:  # the phases of this run may have changed its own RoPE since

@@ -61,19 +61,19 @@ def build(config: SFTConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
         ground,
         corpus,
         functools.partial(lm.make_objective, config=config.loss),
-        functools.partial(_answers, config, ground, corpus),
+        functools.partial(answers, config, ground, corpus),
         foundation.chat_sample(ground),
     )
 
 
-def _answers(
-    config: SFTConfig,
+def answers(
+    config: Any,
     ground: foundation.Foundation,
     corpus: ChatCorpus,
     phase: Phase,
     model: LanguageModel,
 ) -> tuple[Evaluation, ...]:
-    """Greedy answers to held-out prompts."""
+    """Greedy answers to held-out prompts, as an `SFTEvaluationConfig` asks for them."""
     settings = config.evaluation
     store = corpus.stores[corpus.main]["validation"]
     if not settings.answers or store.trained is None:

@@ -32,7 +32,8 @@ def test_the_answers_are_right_and_the_problems_distinct(task, digits):
     rows = list(arithmetic_rows(f"{task}-{digits}"))
     assert len(rows) == len({row["prompt"] for row in rows}) == {1: 100}.get(digits, 6000)
     for row in rows:
-        assert set(row) == {"prompt", "completion", "split_text"}
+        assert set(row) == {"prompt", "completion", "text", "split_text"}
+        assert row["text"] == f"{row['prompt']} {row['completion']}"
         first, second = numbers(row)
         assert QUESTION.fullmatch(row["prompt"])[2] == sign
         assert row["completion"] == str(answer(first, second))

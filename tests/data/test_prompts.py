@@ -1,10 +1,8 @@
 """Prompts: what becomes one, which are held out, and which of them each round takes."""
 
-import collections
 import datetime
 import json
 
-import numpy as np
 import pytest
 
 from llm_jax.data import prompts as prompts_module
@@ -70,7 +68,9 @@ def test_the_template_decides_the_tokens(read):
 
 def test_tools_stand_in_the_prompt(read):
     rows = [{**row, "tools": [{"name": "weather"}]} for row in questions(2)]
-    assert '{"name": "weather"}' in BYTES.decode(only(read(rows), "question 0?").ids)
+    prompt = only(read(rows), "question 0?")
+    assert '{"name": "weather"}' in BYTES.decode(prompt.ids)
+    assert prompt.tools == ({"name": "weather"},)
 
 
 def test_a_comparison_asks_for_its_best_answer_and_may_have_none(read):
@@ -182,29 +182,33 @@ def test_a_tiny_set_has_a_prompt_to_hold_out(read):
 # --- the order ------------------------------------------------------------------------------------
 
 
+def texts(prompts):
+    return [prompt.text for prompt in prompts]
+
+
 def test_every_prompt_comes_once_an_epoch_in_another_order(read):
     data = read(questions(13))
-    size, count = 5, len(data.train)
+    count = len(data.train)
     assert count == 12
-    taken = np.concatenate([data.batch(round, size) for round in range(24)])
-    assert taken.dtype == np.int64 and len(taken) == 10 * count
-    epochs = taken.reshape(10, count)
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 10
+    taken = [text for round in range(24) for text in texts(data.take(5 * round, 5))]
+    epochs = [tuple(taken[begin : begin + count]) for begin in range(0, len(taken), count)]
+    assert len(epochs) == 10
+    assert all(sorted(epoch) == sorted(texts(data.train)) for epoch in epochs)
+    assert len(set(epochs)) == 10
 
 
-def test_a_round_is_a_function_of_the_seed_and_its_number(read):
+def test_the_order_is_a_function_of_the_seed_whatever_the_sizes(read):
     data, again, other = read(questions(50)), read(questions(50)), read(questions(50), seed=1)
-    np.testing.assert_array_equal(data.batch(7, 16), again.batch(7, 16))
-    assert data.batch(7, 16).tolist() != other.batch(7, 16).tolist()
+    assert data.take(112, 16) == again.take(112, 16)
+    assert data.take(112, 16) == [*data.take(112, 3), *data.take(115, 13)]
+    assert data.take(112, 16) != other.take(112, 16)
     # No prompt is fixed to a place.
-    firsts = collections.Counter(int(data.batch(round, 49)[0]) for round in range(40))
-    assert len(firsts) > 15
+    assert len({data.take(49 * epoch, 1)[0].text for epoch in range(40)}) > 15
 
 
-def test_a_round_may_be_larger_than_the_set(read):
+def test_more_prompts_than_there_are_can_be_taken(read):
     data = read(questions(4))
-    assert sorted(data.batch(1, 6).tolist()) == [0, 0, 1, 1, 2, 2]
+    assert sorted(texts(data.take(6, 6))) == sorted(2 * texts(data.train))
 
 
 # --- the fingerprint ------------------------------------------------------------------------------

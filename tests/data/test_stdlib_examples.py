@@ -14,7 +14,13 @@ from llm_jax.data.example_store import STRENGTHS
 from llm_jax.data.formats import read_examples
 from llm_jax.data.sources import SourceConfig
 from llm_jax.data.stdlib import stdlib_documents
-from llm_jax.data.stdlib_examples import instruction_rows, preference_rows, safety_rows
+from llm_jax.data.stdlib_examples import (
+    instruction_rows,
+    preference_rows,
+    ranked_rows,
+    request_rows,
+    safety_rows,
+)
 
 BIRDS = '''
 """Tells the module of the birds."""
@@ -230,3 +236,25 @@ def test_safety_pairs_decline_what_is_harmful_and_answer_what_is_not(library):
     assert {row["chosen"] for row in harmless} <= answers
     assert {row["strength"] for row in harmful} == {"significantly better"}
     assert list(safety_rows(library)) == rows[: len(SUMMARIES)]
+
+
+def test_rankings_order_the_answers_from_the_summary_to_its_shuffled_words(library):
+    rows = list(ranked_rows(library))
+    assert len(rows) == len(SUMMARIES)
+    for row in rows:
+        name = row["prompt"].removeprefix("What does ").removesuffix(" do?")
+        best, *worse = row["responses"]
+        assert best == SUMMARIES[name] and len(set(worse)) == len(worse) >= 3
+        assert row["ranks"] == list(range(1, len(worse) + 2))
+        assert sorted(worse[-1].split()) == sorted(best.split())  # shuffled
+    (example, *_) = read_examples(SourceConfig("stdlib:ranked"))
+    assert len(example.responses) >= 4 and list(example.scores) == sorted(example.scores)[::-1]
+
+
+def test_requests_are_the_safety_prompts_with_the_better_answer(library):
+    requests, pairs = list(request_rows(library)), list(safety_rows(library))
+    for request, pair in zip(requests, pairs, strict=True):
+        assert request["prompt"] == pair["prompt"] and request["completion"] == pair["chosen"]
+        assert request["safety"] == pair["chosen"].startswith("I will not do that: ")
+    told = next(read_examples(SourceConfig("stdlib:requests")))
+    assert told.messages[1].content and isinstance(told.row["safety"], bool)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llm_jax.data.example_store import STRENGTHS
-from llm_jax.evals.preferences import calibration, evaluate_objective, evaluate_rewards
+from llm_jax.evals.objective import evaluate_objective
+from llm_jax.evals.preferences import calibration, evaluate_rewards
 from llm_jax.types import Batch, Mean, PreferenceBatch
 
 

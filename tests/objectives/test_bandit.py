@@ -41,7 +41,7 @@ def solve(objective, advantages_of):
     ones = np.ones((SAMPLES, 1), np.int32)
     sequences = Batch(0 * ones, 0 * ones, np.float32(ones), ones, 0 * ones)
     gradient = jax.jit(jax.grad(lambda p, b: objective(model)(p, b, None)[0].value()))
-    read = jax.jit(functools.partial(policy_outputs, model))
+    read = jax.jit(functools.partial(policy_outputs, model, longest=1))
     for number in range(ROUNDS):
         logits = params["embedding"][:, 0]
         arms = jax.random.categorical(jax.random.key(number), logits, shape=(SAMPLES, 1))
@@ -83,6 +83,7 @@ def test_ppo_finds_the_best_arm():
         return {"advantages": 5 * advantages, "values": expected, "returns": returns}
 
     probabilities = solve(
-        lambda model: ppo.make_objective(model, config, temperature=1.0), advantages_of
+        lambda model: ppo.make_objective(model, config, temperature=1.0, max_completion_length=1),
+        advantages_of,
     )
     assert int(np.argmax(probabilities)) == 3 and probabilities[3] > 0.7

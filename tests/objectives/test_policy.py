@@ -143,21 +143,32 @@ def test_a_masked_mean_of_nothing_is_0():
 # --- what the policy says of the targets ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature, chunk", [(1.0, None), (0.6, 3), (0.0, 8)])
-def test_outputs_are_those_at_the_sampling_temperature(bigram, make_rollouts, temperature, chunk):
+@pytest.mark.parametrize(
+    "temperature, chunk, longest", [(1.0, None, 8), (0.6, 3, 5), (0.0, 8, 6), (1.0, 2, 20)]
+)
+@pytest.mark.parametrize("later", [0, 2])
+def test_outputs_are_those_at_the_sampling_temperature(
+    bigram, make_rollouts, temperature, chunk, longest, later
+):
+    """Also where the longest completion would pass the end of the row."""
     model, params = bigram
-    batch = make_rollouts([3, 5]).sequences
+    batch = jax.tree.map(lambda x: np.roll(x, later, axis=1), make_rollouts([3, 5]).sequences)
     outputs = jax.jit(
-        functools.partial(policy_outputs, model, temperature=temperature, chunk=chunk)
+        functools.partial(
+            policy_outputs, model, temperature=temperature, chunk=chunk, longest=longest
+        )
     )(params, batch)
     hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
     logits = model.logits(params, hidden)
     # The sampler's filters are no part of what it records, nor of what is trained.
     sampler = SamplerConfig(temperature=temperature, top_p=0.5)
     sampled = logprob(logits.reshape(-1, 32), batch.targets.reshape(-1), sampler)
-    np.testing.assert_allclose(outputs.logprobs.reshape(-1), sampled, atol=1e-4)
+    inside = batch.loss_weights > 0
+    sampled = np.asarray(sampled).reshape(inside.shape)
+    np.testing.assert_allclose(outputs.logprobs[inside], sampled[inside], atol=1e-4)
     p = jax.nn.softmax(logits / (temperature or 1.0))
-    np.testing.assert_allclose(outputs.entropies, -jnp.sum(p * jnp.log(p), axis=-1), atol=1e-4)
+    entropies = -jnp.sum(p * jnp.log(p), axis=-1)
+    np.testing.assert_allclose(outputs.entropies[inside], entropies[inside], atol=1e-4)
     np.testing.assert_allclose(outputs.hidden, hidden, atol=1e-4)
 
 
@@ -167,7 +178,7 @@ def test_chunks_change_no_gradient(bigram, make_rollouts):
 
     def gradient(chunk):
         def total(params):
-            outputs = policy_outputs(model, params, batch, temperature=0.7, chunk=chunk)
+            outputs = policy_outputs(model, params, batch, longest=6, temperature=0.7, chunk=chunk)
             return jnp.sum(batch.loss_weights * (outputs.logprobs + 0.3 * outputs.entropies))
 
         return jax.jit(jax.grad(total))(params)

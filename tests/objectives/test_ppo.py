@@ -51,6 +51,8 @@ def cut(batch, rows):
 
 # --- values ---------------------------------------------------------------------------------------
 
+TIME, LONGEST = 8, 6  # of the rows of `make_rollouts`, and of their completions
+
 
 @pytest.mark.parametrize("pieces", [[slice(None)], [slice(0, 1), slice(1, 2), slice(2, 4)]])
 def test_micro_batches_add_up_to_the_means_written_out(make_rollouts, pieces):
@@ -164,10 +166,12 @@ def with_head(bigram):
 def test_policy_and_values_come_from_one_model(with_head, make_rollouts):
     model, params = with_head
     batch = make_rollouts([6, 0, 3])
-    objective = make_objective(model, dataclasses.replace(CONFIG, chunk=3), temperature=0.5)
+    objective = make_objective(
+        model, dataclasses.replace(CONFIG, chunk=3), temperature=0.5, max_completion_length=LONGEST
+    )
 
     def expected(params):
-        policy = policy_outputs(model, params, batch.sequences, temperature=0.5)
+        policy = policy_outputs(model, params, batch.sequences, longest=TIME, temperature=0.5)
         predicted = values(model, params, batch.sequences)
         return ppo_loss(CONFIG, policy, predicted, batch, whole_of(batch))[0].value()
 
@@ -182,10 +186,12 @@ def test_a_critic_may_be_a_model_of_its_own(with_head, make_rollouts):
     batch = make_rollouts([6, 0, 3])
     body = {name: leaf for name, leaf in params.items() if name != VALUE}
     critic = jax.tree.map(lambda x: 1.5 * x, params)
-    objective = make_objective(model, CONFIG, temperature=1.0, critic=model)
+    objective = make_objective(
+        model, CONFIG, temperature=1.0, max_completion_length=LONGEST, critic=model
+    )
 
     def expected(params):
-        policy = policy_outputs(model, params, batch.sequences)
+        policy = policy_outputs(model, params, batch.sequences, longest=TIME)
         predicted = values(model, params[CRITIC], batch.sequences)
         return ppo_loss(CONFIG, policy, predicted, batch, whole_of(batch))[0].value()
 
@@ -203,8 +209,8 @@ def test_text_weighs_by_its_own_tokens(with_head, make_rollouts, micro_batches):
     text = make_rollouts([1, 6, 0, 2], seed=9).sequences
     batch = batch.replace(pretraining=text)
     config = dataclasses.replace(CONFIG, ptx_coefficient=2.5)
-    objective = make_objective(model, config, temperature=1.0)
-    without = make_objective(model, CONFIG, temperature=1.0)
+    objective = make_objective(model, config, temperature=1.0, max_completion_length=LONGEST)
+    without = make_objective(model, CONFIG, temperature=1.0, max_completion_length=LONGEST)
 
     def summed(params):
         if micro_batches == 1:
@@ -234,7 +240,10 @@ def test_a_step_in_pieces_on_many_devices_is_the_step_in_one(with_head, make_rol
     text = make_rollouts([2, 6, 1, 1, 0, 3, 2, 5], seed=9).sequences
     batch = make_rollouts([6, 1, 3, 0, 2, 6, 5, 4], pretraining=text)
     objective = make_objective(
-        model, dataclasses.replace(CONFIG, ptx_coefficient=0.5), temperature=1.0
+        model,
+        dataclasses.replace(CONFIG, ptx_coefficient=0.5),
+        temperature=1.0,
+        max_completion_length=LONGEST,
     )
     optimizer = optim.make_optimizer(OptimizerConfig(weight_decay=0.0, epsilon=1e-3), params)
     axes = {"embedding": ("vocab", "embed"), VALUE: {"kernel": ("embed", "head_output")}}

@@ -10,6 +10,8 @@ import pytest
 
 from llm_jax.checkpoint import CheckpointConfig, Checkpointer
 from llm_jax.config import resolved
+from llm_jax.data.template_jinja import JinjaTemplate
+from llm_jax.data.templates import make_template
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.errors import UserError
 from llm_jax.evals.batching import sequence_batch
@@ -38,10 +40,10 @@ def make_params(seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(seed, heads)`: the folder of a run with the parameters of that seed."""
+    """`run(seed, heads, template)`: the folder of a run with the parameters of that seed."""
 
     @functools.cache
-    def make(seed, heads=(REWARD,)):
+    def make(seed, heads=(REWARD,), template=None):
         folder = tmp_path_factory.mktemp("rewards") / "run"
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -56,6 +58,8 @@ def run(tmp_path_factory):
             "lineage": [],
             "heads": list(heads),
         }
+        if template is not None:
+            meta["template"] = template.describe()
         state = TrainState(jnp.int32(1), params, {}, jax.random.key(0))
         checkpointer.save(1, state, params, {}, meta)
         checkpointer.wait()
@@ -137,6 +141,29 @@ def test_a_run_of_another_tokenizer_is_refused(run, score, samples, policy):
     other.__dict__["fingerprint"] = "another"
     with pytest.raises(UserError, match="has another tokenizer than the policy"):
         score(samples, "model", run=run(1), policy=Policy(other, policy.mesh, policy.log))
+
+
+def test_a_run_of_another_chat_template_is_refused(run, score, samples, policy):
+    chatml, zephyr = make_template("chatml"), make_template("zephyr")
+    for ours in (zephyr, JinjaTemplate("chatml", (("default", "{{ messages }}"),))):
+        with pytest.raises(UserError, match="trained with the chat template 'chatml'") as caught:
+            other = dataclasses.replace(policy, template=ours)
+            score(samples, "model", run=run(1, (REWARD,), chatml), policy=other)
+        assert "\n" not in str(caught.value)
+    same = dataclasses.replace(policy, template=chatml)
+    for template in (chatml, None):
+        assert score(samples, "model", run=run(1, (REWARD,), template), policy=same).failures == 0
+
+
+def test_a_jinja_template_is_known_by_its_source(run, score, samples, policy):
+    here, there = (JinjaTemplate(name, (("default", "{{ messages }}"),)) for name in "ab")
+    scores = score(
+        samples,
+        "model",
+        run=run(1, (REWARD,), here),
+        policy=dataclasses.replace(policy, template=there),
+    )
+    assert scores.failures == 0
 
 
 def test_a_run_without_a_reward_head_is_refused(run, score, samples):

@@ -13,6 +13,7 @@ from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
 from tools.chat import Chat, Partner, define_flags, main
 from tools.cli import run_tool
+from tools.sampling import load_speaker
 
 TEMPLATE = TEMPLATES["chatml"]
 TOKENIZER = ByteTokenizer()
@@ -132,9 +133,9 @@ def test_a_message_without_an_answer_is_forgotten(capsys):
 
 @pytest.fixture
 def partner(workdir):
-    from llm_jax.runs import load_run
-
-    return Partner(load_run(str(workdir)), TEMPLATE, GREEDY, max_new_tokens=10, seed=0)
+    values = define_flags()
+    values(["chat", f"--workdir={workdir}"])
+    return Partner(load_speaker(values), TEMPLATE, GREEDY, max_new_tokens=10, seed=0)
 
 
 def spoken(*contents, system=None):
@@ -193,7 +194,7 @@ def test_lines_from_a_pipe_are_answered_in_turn(workdir, tool, tiny_model, rando
         messages.append(Message("assistant", answer))
         expected += f"{answer}\n"
     assert (status, out) == (0, expected)
-    assert err == f"{workdir}, checkpoint 5; /help lists the commands\n"
+    assert err == f"{workdir}@5; /help lists the commands\n"
 
 
 def test_answers_are_half_of_the_model_at_most_by_default(workdir, tool):
@@ -225,6 +226,23 @@ def test_a_pretrained_run_cannot_chat(save_run, tmp_path, tool):
         f"error: {tmp_path / 'base'} is a pre-trained run, without a chat template: fine-tune it "
         "with configs/sft.py, or continue a text with tools.generate.\n"
     )
+
+
+def test_a_pretrained_run_with_an_expert_chats_by_the_experts_template(
+    save_run, workdir, tmp_path, tool, tiny_model, random_params
+):
+    base = save_run(tmp_path / "base", (1,))
+    status, out, err = tool(
+        "hi\n", f"--workdir={base}", f"--expert={workdir}", f"--anti_expert={base}",
+        "--max_new_tokens=9", "--temperature=0",
+    )  # fmt: skip
+    (answer,) = generate_texts(
+        tiny_model, random_params(5), TOKENIZER,
+        [TEMPLATE.render_prompt(spoken("hi"), (), TOKENIZER)], max_new_tokens=9, sampler=GREEDY,
+        rng=jax.random.key(0), stop_ids=TEMPLATE.stop_ids(TOKENIZER),
+    )  # fmt: skip
+    assert (status, out) == (0, f"{answer}\n")
+    assert err == f"{base}@1 +1 * {workdir}@5 -1 * {base}@1; /help lists the commands\n"
 
 
 def test_help_does_not_wait_for_jax():

@@ -11,12 +11,16 @@ from llm_jax import sharding
 from llm_jax.data.examples import Message
 from llm_jax.data.templates import TEMPLATES
 from llm_jax.data.tokenizer_base import ByteTokenizer
+from llm_jax.data.tokenizer_json import train_bpe
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import document_prompt, document_stop_ids, generate_texts
+from llm_jax.generation.proxy import Part, weighted
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.models.heads import REWARD
 from llm_jax.runs import load_run
 from tools.cli import run_tool
 from tools.generate import define_flags, main
+from tools.sampling import load_speaker
 
 TEMPLATE = TEMPLATES["chatml"]
 
@@ -36,14 +40,15 @@ def chat_run(save_run, tmp_path_factory):
 def expect(tiny_model, random_params):
     """`expect(prompt, step, ...)`: what the tool is to print of one sample."""
 
-    def make(prompt, step=5, count=1, sampler=None, seed=0, **settings):
+    def make(prompt, step=5, count=1, sampler=None, seed=0, writer=None, **settings):
         tokenizer = ByteTokenizer()
         settings = {"stop_ids": document_stop_ids(tokenizer), "echo": True, **settings}
         if isinstance(prompt, str):
             prompt = document_prompt(tokenizer, prompt)
         texts = generate_texts(
-            tiny_model, random_params(step), tokenizer, [prompt] * count, max_new_tokens=12,
-            sampler=sampler or SamplerConfig(), rng=jax.random.key(seed), **settings,
+            *(writer or (tiny_model, random_params(step))), tokenizer, [prompt] * count,
+            max_new_tokens=12, sampler=sampler or SamplerConfig(), rng=jax.random.key(seed),
+            **settings,
         )  # fmt: skip
         return "".join(f"{text}\n" for text in texts)
 
@@ -99,7 +104,7 @@ def test_the_tool_prints_prompt_and_continuation_alone(workdir, tool, expect, co
     assert status == 0
     assert out == expect("def ", count=count, sampler=sampler, seed=4)
     assert out.startswith("def ") and len(out) > 6
-    assert "checkpoint 5" in err
+    assert err.splitlines()[0] == f"{workdir}@5"
 
 
 def test_the_defaults_are_the_samplers(workdir, tool, expect):
@@ -132,6 +137,51 @@ def test_chat_renders_a_user_turn_and_prints_the_answer_alone(chat_run, tool, ex
     assert out == expect("hi", count=count)
 
 
+def test_an_expert_and_an_anti_expert_steer_the_base(
+    workdir, tool, expect, tiny_model, random_params
+):
+    arguments = (f"--workdir={workdir}@3", "--prompt=def ", "--max_new_tokens=12")
+    status, out, err = tool(*arguments, f"--expert={workdir}@5", f"--anti_expert={workdir}@3")
+    assert (status, out) == (0, expect("def ", step=5))
+    assert err == f"{workdir}@3 +1 * {workdir}@5 -1 * {workdir}@3\n"
+
+    base, expert = (Part(tiny_model, random_params(step)) for step in (3, 5))
+    for flag, weight in (("expert", 0.5), ("anti_expert", -0.5)):
+        _, out, err = tool(*arguments, f"--{flag}={workdir}@5", "--strength=0.5")
+        assert out == expect("def ", writer=weighted([(1, base), (weight, expert)]))
+        assert err == f"{workdir}@3 {weight:+g} * {workdir}@5\n"
+
+
+def test_an_experts_words_are_answered_by_its_template(chat_run, workdir, tool, expect):
+    steered = (f"--workdir={workdir}", f"--expert={chat_run}", f"--anti_expert={workdir}")
+    prompt = TEMPLATE.render_prompt([Message("user", "hi")], (), ByteTokenizer())
+    _, out, _ = tool(*steered, "--prompt=hi", "--max_new_tokens=12", "--chat")
+    assert out == expect(prompt, stop_ids=TEMPLATE.stop_ids(ByteTokenizer()), echo=False)
+
+
+def test_the_template_of_the_base_goes_before_that_of_the_expert(save_run, chat_run, tmp_path):
+    other = save_run(tmp_path / "other", (5,), template=TEMPLATES["zephyr"].describe())
+    for base, expert in ((chat_run, other), (other, chat_run)):
+        values = define_flags()
+        values(["generate", f"--workdir={base}", f"--expert={expert}"])
+        assert load_speaker(values).chat_template == load_run(str(base)).stored.template
+
+
+def test_runs_of_other_tokenizers_or_without_words_cannot_steer(workdir, save_run, tmp_path, tool):
+    other = shutil.copytree(workdir, tmp_path / "other")
+    shutil.rmtree(other / "tokenizer")
+    train_bpe(["some text to be cut"], 280).save(other / "tokenizer")
+    scorer = save_run(tmp_path / "reward", (5,), head=True, heads=[REWARD])
+    for run, message in [
+        (other, f"{other} has another tokenizer than {workdir}, whose logits are those of other"),
+        (scorer, f"{scorer} is a reward model: it scores texts"),
+    ]:
+        for flag in ("expert", "anti_expert"):
+            status, out, err = tool(f"--workdir={workdir}", f"--{flag}={run}")
+            assert (status, out) == (2, "")
+            assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,6 +202,9 @@ def test_chat_renders_a_user_turn_and_prints_the_answer_alone(chat_run, tool, ex
         (["--workdir=RUN", "--temprature=1"], "Did you mean: temperature"),
         (["--workdir=RUN", "--top_k=many"], "top_k=many"),
         (["--workdir=RUN", "prompt"], "unexpected argument 'prompt'"),
+        (["--workdir=RUN", "--expert=no/such/run"], "no/such/run is no run directory"),
+        (["--workdir=RUN", "--strength=2"], "--strength=2 has nothing to weigh: give --expert"),
+        (["--workdir=RUN", "--expert=RUN", "--strength=nan"], "--strength=nan must be a finite"),
     ],
 )
 def test_bad_input_gets_one_line(workdir, tool, arguments, message):
@@ -218,4 +271,4 @@ def test_what_training_writes_can_be_continued(run_on, tiny_config, tmp_path, to
     capsys.readouterr()
     status, out, err = tool(f"--workdir={folder}", "--prompt=kalo ", "--max_new_tokens=8")
     assert status == 0 and out.startswith("kalo ")
-    assert f"checkpoint {json.loads((folder / 'result.json').read_text())['step']}" in err
+    assert err == f"{folder}@{json.loads((folder / 'result.json').read_text())['step']}\n"

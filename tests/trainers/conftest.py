@@ -1,7 +1,10 @@
 """A tiny pre-trained run, examples for the stages after it, and how those are started."""
 
 import json
+import signal
+import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,13 +18,18 @@ from llm_jax.config import build as build_config
 from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
+from llm_jax.data.prompts import PromptDataConfig
 from llm_jax.metrics import MetricsConfig, read_metrics_file
 from llm_jax.models.config import ModelConfig
 from llm_jax.optim import OptimizerConfig
+from llm_jax.rl.rewards import RewardTerm
+from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.sharding import MeshConfig, make_mesh, unbox
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import SampleConfig
+from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig
 from llm_jax.trainers.preference import PreferenceEvaluationConfig
+from llm_jax.trainers.rounds import OnPolicySource
 from llm_jax.trainers.sft import SFTEvaluationConfig
 from llm_jax.types import join
 
@@ -202,3 +210,86 @@ class Folder:
 def opened():
     """`opened(workdir)`: what a finished run wrote."""
     return Folder
+
+
+@pytest.fixture(scope="session")
+def reward_of(tmp_path_factory):
+    """`reward_of(source)`: the rewards section for a function `reward` written so."""
+    folder = tmp_path_factory.mktemp("rewards")
+    with mock.patch("sys.path", [str(folder), *sys.path]):
+
+        def make(source, weight=1.0):
+            name = f"reward_{abs(hash(source))}"
+            (folder / f"{name}.py").write_text(source)
+            return (RewardTerm(f"{name}:reward", weight),)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def vowels_reward(reward_of):
+    return reward_of(
+        "def reward(prompt, completion, row):\n"
+        "    return sum(letter in 'aeiou' for letter in completion) / 6\n"
+    )
+
+
+@pytest.fixture(scope="session")
+def configure_on_policy(examples, pretrained, vowels_reward):
+    """`configure_on_policy(trainer, **sections)`: the ConfigDict of a stage that samples."""
+
+    def make(trainer, **sections):
+        settings = {
+            "init_from": str(pretrained),
+            "data": PromptDataConfig(source=str(examples / "chats.jsonl"), validation_fraction=0.2),
+            "rollout": RolloutConfig(samples=4, max_new_tokens=6),
+            "rewards": vowels_reward,
+            "phases": (PhaseConfig(length=32, batch=16, steps=2),),
+            "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=0, schedule="constant"),
+            "evaluation": OnPolicyEvaluationConfig(every=1000, rows=4, at_start=False),
+            "checkpoint": CheckpointConfig(every=1000),
+            "metrics": MetricsConfig(every=1, tensorboard=False),
+            "sample": SampleConfig(max_new_tokens=0),
+        }
+        return config_module.defaults(TRAINERS[trainer].config, **{**settings, **sections})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def on_policy(configure_on_policy, run_on, tmp_path_factory, opened):
+    """`on_policy(trainer, **sections)`: a finished run of a stage; `devices`, `workdir` too."""
+
+    def make(trainer, *, devices=1, workdir=None, expect=0, **sections):
+        workdir = workdir or tmp_path_factory.mktemp(trainer) / "run"
+        assert run_on(devices, configure_on_policy(trainer, **sections), workdir) == expect
+        return opened(workdir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def check_resumes(on_policy, tmp_path_factory):
+    """`check_resumes(trainer, stop_at, **sections)`: stopped at that step, a run goes on bit for
+    bit as if nothing had happened."""
+
+    def check(trainer, stop_at, **sections):
+        workdir, original = tmp_path_factory.mktemp("stopped") / "run", OnPolicySource.next
+
+        def stopping(self, params, step):
+            if step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, params, step)
+
+        with mock.patch.object(OnPolicySource, "next", stopping):
+            on_policy(trainer, workdir=workdir, expect=143, **sections)
+        resumed = on_policy(trainer, workdir=workdir, **sections)
+        whole = on_policy(trainer, **sections)
+        for item in ("params", "train"):
+            first, second = whole.item(item), resumed.item(item)
+            assert first.keys() == second.keys()
+            jax.tree.map(np.testing.assert_array_equal, first, second)
+        for key in ("reward", "loss", "kl_coefficient", "ptx_loss"):
+            assert whole.logged(key) == resumed.logged(key)
+
+    return check

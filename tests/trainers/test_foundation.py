@@ -90,7 +90,7 @@ def test_parameters_that_do_not_fit_are_one_clear_line():
         return {k: jax.ShapeDtypeStruct(s, np.float32, sharding=where) for k, s in shapes.items()}
 
     inherited = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
-    load = origin._load
+    load = origin.load_inherited
     assert load(lambda: inherited, None, 0, abstract(a=(2, 3), b=(4,))) is inherited
     with pytest.raises(UserError, match=r"\['a'\] is \(2, 3\), and \(3, 2\) is wanted"):
         load(lambda: inherited, None, 0, abstract(a=(3, 2), b=(4,)))

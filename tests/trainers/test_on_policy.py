@@ -1,22 +1,12 @@
 """The stages that train on their own samples: rounds, rewards, references, and resuming."""
 
-import itertools
 import json
-import signal
-import sys
-from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 
-from llm_jax import config as config_module
-from llm_jax.checkpoint import CheckpointConfig
-from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
-from llm_jax.data.prompts import PromptDataConfig
 from llm_jax.errors import UserError
-from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.objectives import grpo
@@ -24,63 +14,8 @@ from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.advantages import KLConfig
 from llm_jax.rl.rewards import RewardTerm
 from llm_jax.rl.rollouts import RolloutConfig
-from llm_jax.runs import load_run
-from llm_jax.trainers import TRAINERS
-from llm_jax.trainers.base import SampleConfig
+from llm_jax.rl.selection import SelectionConfig
 from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig
-from llm_jax.trainers.rejection_sampling import SelectionConfig, best_of
-from llm_jax.trainers.rounds import OnPolicySource
-from tools.sampling import check_generates
-
-ROLLOUT = RolloutConfig(samples=4, max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def reward_of(tmp_path_factory):
-    """`reward_of(source)`: the rewards section for a function `reward` written so."""
-    folder = tmp_path_factory.mktemp("rewards")
-    with mock.patch("sys.path", [str(folder), *sys.path]):
-
-        def make(source, weight=1.0):
-            name = f"reward_{abs(hash(source))}"
-            (folder / f"{name}.py").write_text(source)
-            return (RewardTerm(f"{name}:reward", weight),)
-
-        yield make
-
-
-@pytest.fixture(scope="module")
-def vowels_reward(reward_of):
-    return reward_of(
-        "def reward(prompt, completion, row):\n"
-        "    return sum(letter in 'aeiou' for letter in completion) / 6\n"
-    )
-
-
-@pytest.fixture(scope="module")
-def on_policy(examples, pretrained, vowels_reward, run_on, tmp_path_factory, opened):
-    """`on_policy(trainer, **sections)`: a finished run of a stage; `devices`, `workdir` too."""
-
-    def make(trainer, *, devices=1, workdir=None, expect=0, **sections):
-        settings = {
-            "init_from": str(pretrained),
-            "data": PromptDataConfig(source=str(examples / "chats.jsonl"), validation_fraction=0.2),
-            "rollout": ROLLOUT,
-            "rewards": vowels_reward,
-            "phases": (PhaseConfig(length=32, batch=16, steps=2),),
-            "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=0, schedule="constant"),
-            "evaluation": OnPolicyEvaluationConfig(every=1000, rows=4, at_start=False),
-            "checkpoint": CheckpointConfig(every=1000),
-            "metrics": MetricsConfig(every=1, tensorboard=False),
-            "sample": SampleConfig(max_new_tokens=0),
-        }
-        config = config_module.defaults(TRAINERS[trainer].config, **{**settings, **sections})
-        workdir = workdir or tmp_path_factory.mktemp(trainer) / "run"
-        assert run_on(devices, config, workdir) == expect
-        return opened(workdir)
-
-    return make
-
 
 # --- learning -------------------------------------------------------------------------------------
 
@@ -89,7 +24,7 @@ def on_policy(examples, pretrained, vowels_reward, run_on, tmp_path_factory, ope
 def test_a_reward_that_can_be_had_is_had(trainer, on_policy):
     run = on_policy(
         trainer,
-        phases=(PhaseConfig(length=32, batch=32, steps=24),),
+        phases=(PhaseConfig(length=32, batch=32, steps=32),),
         optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant"),
         evaluation=OnPolicyEvaluationConfig(every=1000, rows=8, temperature=1.0),
     )
@@ -127,50 +62,6 @@ def test_fractional_rewards_reach_the_log(on_policy, reward_of):
     assert on_policy("ppo", rewards=rewards).logged("reward") == [0.375, 0.375]
 
 
-# --- rejection sampling ---------------------------------------------------------------------------
-
-
-def test_the_best_answers_are_kept_written_down_and_learnt(on_policy):
-    run = on_policy(
-        "rejection_sampling",
-        rollout=RolloutConfig(samples=8, max_new_tokens=6),
-        phases=(PhaseConfig(length=32, batch=16, steps=16),),
-        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant"),
-        evaluation=OnPolicyEvaluationConfig(every=1000, rows=8, temperature=1.0),
-    )
-    for first, second in (("1", "2"), ("2", "4"), ("4", "8")):
-        better = zip(run.logged(f"best_of/{first}"), run.logged(f"best_of/{second}"), strict=True)
-        assert all(one < other for one, other in better)
-    assert run.logged("best_of/1") == pytest.approx(run.logged("reward"))
-    rewards = run.logged("eval/validation/reward")
-    assert rewards[-1] > rewards[0] + 0.1
-    files = sorted((run.workdir / "selected").iterdir())
-    assert [int(file.stem) for file in files] == list(range(16))
-    rows = [json.loads(line) for line in files[0].open()]
-    assert len(rows) == 16
-    assert np.mean([row["score"] for row in rows]) == pytest.approx(run.logged("best_of/8")[0])
-    assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
-
-
-def test_what_was_chosen_is_a_data_set_for_fine_tuning(on_policy, start, opened):
-    selection = SelectionConfig(keep=2, threshold=0.1)
-    run = on_policy("rejection_sampling", selection=selection)
-    assert 0 < np.mean(run.logged("selected")) < 1
-    rows = [json.loads(line) for f in (run.workdir / "selected").iterdir() for line in f.open()]
-    assert all(row["score"] >= 0.1 for row in rows)
-    data = ChatDataConfig(source=str(run.workdir / "selected"), validation_fraction=0.2)
-    assert opened(start("sft", data=data)).result["status"] == "finished"
-
-
-def test_the_expected_best_of_n_is_that_of_all_ways_to_draw():
-    scores = np.random.default_rng(0).normal(size=(5, 6))
-    found = best_of(np.vstack([scores, [np.nan] * 6]))
-    assert found.keys() == {"best_of/1", "best_of/2", "best_of/4"}
-    for n in (1, 2, 4):
-        drawn = [np.max(scores[:, list(c)], axis=1) for c in itertools.combinations(range(6), n)]
-        assert found[f"best_of/{n}"] == pytest.approx(np.mean(drawn))
-
-
 # --- references -----------------------------------------------------------------------------------
 
 
@@ -192,14 +83,6 @@ def test_without_a_reference_there_is_no_divergence(on_policy):
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-def test_a_critic_is_left_behind(on_policy, start, opened):
-    run = on_policy("ppo")
-    assert any("value_head" in name for name in run.params)
-    later = opened(start("sft", init_from=str(run.workdir)))
-    assert not any("value_head" in name for name in later.params)
-    check_generates(load_run(str(run.workdir)))
-
-
 def test_a_round_serves_its_updates_and_epochs(on_policy):
     rollout = RolloutConfig(samples=4, max_new_tokens=6, updates=2, epochs=2)
     run = on_policy("ppo", rollout=rollout, phases=(PhaseConfig(length=32, batch=8, steps=8),))
@@ -207,6 +90,14 @@ def test_a_round_serves_its_updates_and_epochs(on_policy):
     assert len(set(rewards[:4])) == 1 and len(set(rewards[4:])) == 1 and rewards[0] != rewards[4]
     ratios = run.logged("ratio")
     assert ratios[0] == pytest.approx(1, abs=1e-5) and abs(ratios[3] - 1) > 1e-5
+
+
+def test_what_a_learner_knows_goes_on_into_the_next_phase(on_policy):
+    phase = PhaseConfig(length=32, batch=16, steps=2)
+    kl = KLConfig(coefficient=0.1, target=0.01, horizon=50)
+    run = on_policy("ppo", phases=(phase, phase), kl=kl)
+    weights = run.logged("kl_coefficient")
+    assert weights[0] == 0.1 and len(set(weights)) == 4
 
 
 def test_the_mesh_changes_nothing(on_policy):
@@ -218,30 +109,13 @@ def test_the_mesh_changes_nothing(on_policy):
 
 @pytest.mark.parametrize("stop_at", [3, 4])
 @pytest.mark.parametrize("trainer", ["grpo", "ppo"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, stop_at, on_policy, tmp_path):
-    sections = {
-        "rollout": RolloutConfig(samples=4, max_new_tokens=6, updates=2),
-        "phases": (PhaseConfig(length=32, batch=8, steps=6),),
-    }
-    if trainer == "ppo":
-        sections["kl"] = KLConfig(coefficient=0.1, target=0.01, horizon=50)
-    whole = on_policy(trainer, **sections)
-    original = OnPolicySource.next
-
-    def stopping(self, params, step):
-        if step == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, params, step)
-
-    with mock.patch.object(OnPolicySource, "next", stopping):
-        on_policy(trainer, workdir=tmp_path / "run", expect=143, **sections)
-    resumed = on_policy(trainer, workdir=tmp_path / "run", **sections)
-    for item in ("params", "train"):
-        first, second = whole.item(item), resumed.item(item)
-        assert first.keys() == second.keys()
-        jax.tree.map(np.testing.assert_array_equal, first, second)
-    for key in ("reward", "loss", "kl_coefficient"):
-        assert whole.logged(key) == resumed.logged(key)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, stop_at, check_resumes):
+    check_resumes(
+        trainer,
+        stop_at,
+        rollout=RolloutConfig(samples=4, max_new_tokens=6, updates=2),
+        phases=(PhaseConfig(length=32, batch=8, steps=6),),
+    )
 
 
 # --- rewards that fail ----------------------------------------------------------------------------
