@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
-from llm_jax import checkpoint
+from llm_jax import checkpoint, sharding
 from llm_jax.binding import binding_digest
+from llm_jax.config import build, defaults
 from llm_jax.errors import UserError
 from llm_jax.metrics import read_metrics_file
+from llm_jax.yardstick import Measurements, YardstickConfig
 
 RECIPE = "recipe"  # what `config.trainer` says
+BEST = "best"  # what stands for the best stage so far
 _STAGES = "stages"  # the order in which they run
+_YARDSTICK = "yardstick"
 
 # What the report shows of each stage's evaluations, where it is measured.
 _SHOWN = (
@@ -35,13 +39,22 @@ _SHOWN = (
 )
 
 
-def recipe(**stages: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def recipe(
+    *, yardstick: YardstickConfig | None = None, **stages: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
     """The config of a recipe: stages by name, in their order.
 
-    A stage whose `init_from` is the name of one before it starts from that one's folder. Every leaf
-    of every stage can be overridden: --config.sft.optimizer.learning_rate=1e-4.
+    In any text of a stage's config "{NAME}" stands for the folder of a stage before it, so that
+    init_from="{sft}" starts from what that left and data.source="{sft}/pairs" reads what it wrote.
+    Every leaf of every stage can be overridden: --config.sft.optimizer.learning_rate=1e-4.
+
+    A yardstick measures the stages that it names as soon as they are finished; "{best}" is the
+    folder of the one, of those so far, whose answers have the highest mean reward.
     """
-    return ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
+    config = ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
+    if yardstick is not None:
+        config[_YARDSTICK] = defaults(YardstickConfig, **vars(yardstick))
+    return config
 
 
 def load_config(path: Path, argument: str | None = None) -> ml_collections.ConfigDict:
@@ -63,23 +76,62 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
       UserError: a stage that cannot run, or that was made from another version of the one before.
     """
     names = tuple(config[_STAGES])
+    yardstick = config.get(_YARDSTICK)
+    measured = Measurements(workdir / "yardstick.jsonl")
     for number, name in enumerate(names, start=1):
         folder = workdir / name
         _say(f"stage {number} of {len(names)}: {name}, in {folder}")
-        stage = copy.deepcopy(config[name])
-        if stage.get("init_from") in names:
-            stage.init_from = str((workdir / stage.init_from).resolve())
+        folders = {before: (workdir / before).resolve() for before in names[: number - 1]}
+        if measured.best is not None:
+            folders[BEST] = folders[measured.best.stage]
+        stage = _filled(config[name], f"config.{name}", folders, names)
         _check_parent(folder)
         status = run(stage, folder)
         if status:
             return status
         if jax.process_count() > 1:  # the next stage reads what process 0 has written
             multihost_utils.sync_global_devices(f"stage {name} is finished")
+        if yardstick is not None and name in yardstick.stages:
+            filled = _filled(yardstick, f"config.{_YARDSTICK}", folders, names)
+            mesh = sharding.make_mesh(build(sharding.MeshConfig, stage.mesh))
+            _say(measured.take(name, folder, build(YardstickConfig, filled), mesh, _say))
     if jax.process_index() == 0:
-        report = describe({name: workdir / name for name in names})
+        report = describe({name: workdir / name for name in names}) + measured.describe()
         (workdir / "report.md").write_text(report, encoding="utf-8")
         _say(f"\n{report}\nreport: {workdir / 'report.md'}")
     return 0
+
+
+def _filled(
+    config: ml_collections.ConfigDict,
+    where: str,
+    folders: Mapping[str, Path],
+    names: Sequence[str],
+) -> ml_collections.ConfigDict:
+    """A copy of a config with folders where its texts name stages.
+
+    Raises:
+      UserError: the name of a stage that does not come before.
+    """
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            for name in (*names, BEST):
+                if f"{{{name}}}" in value and name not in folders:
+                    raise UserError(
+                        f"{where} names {{{name}}}, which is no stage that is finished by then."
+                    )
+            for name, folder in folders.items():
+                value = value.replace(f"{{{name}}}", str(folder))
+            return value
+        if isinstance(value, ml_collections.ConfigDict):
+            for key, item in list(value.items()):
+                if fill(item) != item:
+                    value[key] = fill(item)
+            return value
+        return type(value)(map(fill, value)) if isinstance(value, (tuple, list)) else value
+
+    return fill(copy.deepcopy(config))
 
 
 def _say(text: str) -> None:

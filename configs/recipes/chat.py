@@ -20,6 +20,6 @@ def get_config(argument=None):
     stages = {"pretrain": load_config(CONFIGS / "pretrain.py", argument)}
     for name in ("sft", "reward", "dpo"):
         stages[name] = load_config(CONFIGS / f"{name}.py")
-    stages["sft"].init_from = "pretrain"
-    stages["reward"].init_from = stages["dpo"].init_from = "sft"
+    stages["sft"].init_from = "{pretrain}"
+    stages["reward"].init_from = stages["dpo"].init_from = "{sft}"
     return recipe(**stages)
