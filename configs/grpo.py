@@ -30,7 +30,7 @@ def get_config(argument=None):
         GRPOConfig,
         init_from="runs/sums_sft",
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
-        rollout=RolloutConfig(samples=16, max_new_tokens=8),
+        rollout=RolloutConfig(samples=8, max_new_tokens=8),
         phases=(PhaseConfig(length=32, batch=1024, steps=120),),
         optimizer=OptimizerConfig(
             name="adamw" if rank else "muon",

@@ -14,6 +14,7 @@ from llm_jax.config import defaults, parse_argument
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
+from llm_jax.objectives.ppo import LossConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.advantages import KLConfig
 from llm_jax.rl.rollouts import RolloutConfig
@@ -32,8 +33,9 @@ def get_config(argument=None):
         init_from="runs/sums_sft",
         critic=own_critic,
         model=ModelConfig(lora=LoraConfig(rank=int(rank)) if rank else None),
-        rollout=RolloutConfig(samples=16, max_new_tokens=8),
+        rollout=RolloutConfig(samples=2, max_new_tokens=8),
         phases=(PhaseConfig(length=32, batch=1024, steps=120),),
+        loss=LossConfig(value_coefficient=0.5),
         kl=KLConfig(coefficient=0.05, target=2.0),
         optimizer=OptimizerConfig(
             name="adamw" if rank else "muon",

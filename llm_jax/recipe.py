@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from llm_jax import checkpoint, sharding
 from llm_jax.binding import binding_digest
-from llm_jax.config import build, defaults
+from llm_jax.config import build, defaults, flatten, resolved
 from llm_jax.errors import UserError
 from llm_jax.metrics import read_metrics_file
 from llm_jax.yardstick import Measurements, YardstickConfig
@@ -76,25 +76,32 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
       UserError: a stage that cannot run, or that was made from another version of the one before.
     """
     names = tuple(config[_STAGES])
+    _check_names(config, names)
     yardstick = config.get(_YARDSTICK)
-    measured = Measurements(workdir / "yardstick.jsonl")
+    measured, waiting = Measurements(workdir / "yardstick.jsonl"), list[str]()
+    folders: dict[str, Path] = {}  # of finished stages, and of the best one
     for number, name in enumerate(names, start=1):
         folder = workdir / name
         _say(f"stage {number} of {len(names)}: {name}, in {folder}")
-        folders = {before: (workdir / before).resolve() for before in names[: number - 1]}
-        if measured.best is not None:
-            folders[BEST] = folders[measured.best.stage]
-        stage = _filled(config[name], f"config.{name}", folders, names)
+        stage = _filled(config[name], folders)
         _check_parent(folder)
         status = run(stage, folder)
         if status:
             return status
         if jax.process_count() > 1:  # the next stage reads what process 0 has written
             multihost_utils.sync_global_devices(f"stage {name} is finished")
-        if yardstick is not None and name in yardstick.stages:
-            filled = _filled(yardstick, f"config.{_YARDSTICK}", folders, names)
+        folders[name] = folder.resolve()
+        if yardstick is None:
+            continue
+        waiting += [name] if name in yardstick.stages else []
+        if _named(yardstick, names) <= folders.keys():
+            filled = build(YardstickConfig, _filled(yardstick, folders))
             mesh = sharding.make_mesh(build(sharding.MeshConfig, stage.mesh))
-            _say(measured.take(name, folder, build(YardstickConfig, filled), mesh, _say))
+            for each in waiting:
+                _say(measured.take(each, folders[each], filled, mesh, _say))
+            waiting.clear()
+        if measured.best is not None:
+            folders[BEST] = folders[measured.best.stage]
     if jax.process_index() == 0:
         report = describe({name: workdir / name for name in names}) + measured.describe()
         (workdir / "report.md").write_text(report, encoding="utf-8")
@@ -102,25 +109,37 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
     return 0
 
 
-def _filled(
-    config: ml_collections.ConfigDict,
-    where: str,
-    folders: Mapping[str, Path],
-    names: Sequence[str],
-) -> ml_collections.ConfigDict:
-    """A copy of a config with folders where its texts name stages.
-
-    Raises:
-      UserError: the name of a stage that does not come before.
+def _check_names(config: ml_collections.ConfigDict, names: Sequence[str]) -> None:
     """
+    Raises:
+      UserError: a stage names one that does not come before it, or the best of none.
+    """
+    finished: set[str] = set()
+    yardstick = config.get(_YARDSTICK)
+    for name in names:
+        missing = sorted(_named(config[name], (*names, BEST)) - finished)
+        if missing:
+            raise UserError(
+                f"config.{name} names {{{missing[0]}}}, and no such stage is finished by then."
+            )
+        finished.add(name)
+        if yardstick is not None and _named(yardstick, names) <= finished:
+            finished |= {BEST} if finished & set(yardstick.stages) else set()
+
+
+def _named(config: ml_collections.ConfigDict, names: Sequence[str]) -> set[str]:
+    """Which of the names the texts of a config have in braces."""
+    texts = [str(leaf) for leaf in flatten(resolved(config)).values()]
+    return {name for name in names if any(f"{{{name}}}" in text for text in texts)}
+
+
+def _filled(
+    config: ml_collections.ConfigDict, folders: Mapping[str, Path]
+) -> ml_collections.ConfigDict:
+    """A copy of a config with folders where its texts name stages."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
-            for name in (*names, BEST):
-                if f"{{{name}}}" in value and name not in folders:
-                    raise UserError(
-                        f"{where} names {{{name}}}, which is no stage that is finished by then."
-                    )
             for name, folder in folders.items():
                 value = value.replace(f"{{{name}}}", str(folder))
             return value

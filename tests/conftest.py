@@ -26,6 +26,7 @@ from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 DEVICES = 8
+MEMORY_MAPS = 20_000
 
 # Subprocesses inherit the two variables, so they compile into and out of the same cache.
 os.environ.setdefault(
@@ -36,6 +37,16 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Every compiled program holds memory maps, and a process that has more than Linux allows
+    (65,530 as a rule) is killed; so programs are forgotten in time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MEMORY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -98,8 +98,8 @@ def test_bad_input_of_a_later_stage_names_its_problem(config, tmp_path):
 def test_a_stage_may_name_only_what_is_finished_before_it(config, tmp_path, name):
     config.second.data.source = name
     stages = {"first": config.first, "second": config.second, "third": config.first}
-    with pytest.raises(UserError, match=r"^config.second names \{\w+\}, which is no stage that"):
-        run_recipe(recipe(**stages), tmp_path, lambda stage, workdir: 0)
+    with pytest.raises(UserError, match=r"^config.second names \{\w+\}, and no such stage is"):
+        run_recipe(recipe(**stages), tmp_path, lambda stage, workdir: pytest.fail("it began"))
 
 
 def test_texts_that_name_stages_become_their_folders(config, tmp_path):
@@ -174,3 +174,23 @@ def test_rounds_log_their_gains_and_start_from_the_best(rounds, tmp_path, capsys
     assert rounds(0.0, 9.0, 9.0) == begun
     again = (tmp_path / "rounds" / "yardstick.jsonl").read_text().splitlines()
     assert again == lines
+
+
+def test_the_yardstick_waits_for_the_stages_that_it_names(config, tmp_path, capsys, chats):
+    """As a reward model that is trained after the first stage that it measures."""
+    third = copy.deepcopy(config.second)
+    third.seed = 1
+    yardstick = YardstickConfig(
+        stages=("second",),
+        data=PromptDataConfig(source=str(chats), validation_fraction=0.2),
+        rewards=(RewardTerm("exact_match", settings={"answer_after": "{third}"}),),
+        rows=4,
+        max_new_tokens=4,
+    )
+    whole = recipe(yardstick=yardstick, first=config.first, second=config.second, third=third)
+    assert run.run(whole, tmp_path / "chain") == 0
+    output = capsys.readouterr().out
+    assert output.index("stage 3 of 3") < output.index("yardstick: second reward 0.000")
+    whole.third.init_from = "{best}"
+    with pytest.raises(UserError, match=r"config.third names \{best\}"):
+        run.run(whole, tmp_path / "other")

@@ -35,7 +35,9 @@ def get_config(argument=None):
     ppo.rollout.update(samples=4, max_new_tokens=48)
     ppo.phases[0].update(length=128, batch=64, steps=60)
     ppo.kl.target = 6.0
-    ppo.loss.ptx_coefficient = 1.0
+    ppo.loss.update(value_coefficient=0.1, ptx_coefficient=1.0)
+    ppo.optimizer.learning_rate = 2e-4
+    ppo.sample.prompt = sft.sample.prompt
     yardstick = YardstickConfig(
         stages=("sft", "ppo"),
         data=PromptDataConfig(source=PROMPTS),

@@ -40,14 +40,17 @@ def get_config(argument=None):
         stages[name].selection.earlier = tuple(f"{{{before}}}" for before in rounds[:place])
         stages[name].selection.threshold = None
         # One round of answers to 256 prompts, of which the best are trained on.
-        stages[name].rollout.update(samples=8, updates=8)
-        stages[name].phases[0].update(length=128, batch=32, steps=8)
+        stages[name].rollout.update(samples=8, updates=8, epochs=2)
+        stages[name].phases[0].update(length=128, batch=32, steps=16)
+        stages[name].optimizer.update(learning_rate=1e-3, warmup_steps=2)
     stages["ppo"] = load_config(CONFIGS / "ppo.py")
     stages["ppo"].rollout.samples = 4
     stages["ppo"].phases[0].update(length=128, batch=64, steps=60)
+    stages["ppo"].optimizer.learning_rate = 2e-4
     for place, name in enumerate([*rounds, "ppo"]):
         stage = stages[name]
         stage.seed, stage.init_from = place, "{best}"
+        stage.sample.prompt = stages["sft"].sample.prompt
         stage.data.source, stage.rollout.max_new_tokens = PROMPTS, LONGEST
         stage.rewards[0].update(name=REWARD.name, settings=REWARD.settings)
     yardstick = YardstickConfig(

@@ -49,9 +49,11 @@ def _sampling(number):
     stage = load_config(CONFIGS / "rejection_sampling.py")
     stage.init_from, stage.seed, stage.data.source = "{best}", number, PROMPTS
     stage.rewards[0].update(name=REWARD.name, settings=REWARD.settings)
-    stage.rollout.update(samples=8, updates=8, max_new_tokens=LONGEST)
+    stage.rollout.update(samples=8, updates=8, epochs=2, max_new_tokens=LONGEST)
     stage.selection.threshold = None
-    stage.phases[0].update(length=128, batch=32, steps=8)
+    stage.phases[0].update(length=128, batch=32, steps=16)
+    stage.optimizer.update(learning_rate=1e-3, warmup_steps=2)
+    stage.sample.max_new_tokens = 0
     return stage
 
 
@@ -61,4 +63,5 @@ def _dpo(sampling, number):
     stage.init_from, stage.seed = f"{{{sampling}}}", number
     stage.data.source = f"{{{sampling}}}/pairs"
     stage.phases[0].update(length=128, batch=16, steps=16)
+    stage.optimizer.warmup_steps = 2
     return stage
