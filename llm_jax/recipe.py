@@ -36,6 +36,7 @@ _SHOWN = (
     "rewards/accuracies",
     "rewards/margins",
     "logps/chosen",
+    "reward",
 )
 
 

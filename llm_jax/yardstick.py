@@ -91,12 +91,8 @@ def measure(
         sampler=SamplerConfig(config.temperature),
     )
     scores = scorer(rollouts.samples)
-    # Not their total: what is whitened over the answers of one stage does not compare stages.
-    parts = zip(config.rewards, scores.parts.values(), strict=True)
-    rewards = np.sum([term.weight * part for term, part in parts], axis=0)
-    known = rewards[np.isfinite(rewards)]
-    metrics = describe_scores(dataclasses.replace(scores, total=rewards), rollouts)
-    stderr = metrics.pop("reward_std") / math.sqrt(max(len(known), 1))
+    metrics, known = describe_scores(scores, rollouts), np.isfinite(scores.plain).sum()
+    stderr = metrics.pop("reward_std") / math.sqrt(max(known, 1))
     return Measurement(stage, identity, metrics.pop("reward"), stderr, metrics)
 
 

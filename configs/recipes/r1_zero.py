@@ -21,19 +21,19 @@ SUMS = "arithmetic:addition"
 
 
 def get_config(argument=None):
-    given = parse_argument(argument, size="default", rounds="3")
+    given = parse_argument(argument, size="default", rounds="2")
     pretrain = load_config(CONFIGS / "pretrain.py", f"size={given['size']}")
     base = load_config(CONFIGS / "sft.py")
     base.init_from = "{pretrain}"
     base.data.update(source=SUMS, format="text", template="plain")
     base.data.update(replay_source="stdlib", replay_share=0.3)
-    base.phases[0].update(length=128, batch=16, steps=300)
+    base.phases[0].update(length=128, batch=16, steps=360)
     base.sample.prompt = "What is 47 + 85?"
     rounds = {}
     for number in range(1, int(given["rounds"]) + 1):
         stage = load_config(CONFIGS / "grpo.py")
         stage.init_from, stage.seed = "{best}", number
-        stage.phases[0].steps = 40
+        stage.phases[0].steps = 60
         rounds[f"grpo_{number}"] = stage
     yardstick = YardstickConfig(
         stages=("base", *rounds), data=PromptDataConfig(source=SUMS), max_new_tokens=8

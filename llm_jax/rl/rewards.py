@@ -94,10 +94,12 @@ REWARDS: dict[str, Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """total: float32 [samples], the weighted sum; NaN where a reward of it failed. parts: float32
-    [samples] of each reward by name, as it is; NaN where it failed. failures: how often one did."""
+    """total: float32 [samples], the weighted sum; NaN where a reward of it failed. plain: the same
+    with nothing whitened, which compares samples that were scored apart. parts: float32 [samples]
+    of each reward by name, as it is; NaN where it failed. failures: how often one did."""
 
     total: np.ndarray
+    plain: np.ndarray
     parts: dict[str, np.ndarray]
     failures: int
 
@@ -154,12 +156,13 @@ class Scorer:
         Args:
           parts: as in `Scores`; what is whitened is whitened over all of these samples.
         """
-        total = np.zeros(len(next(iter(parts.values()))), np.float32)
+        total, plain = np.zeros((2, len(next(iter(parts.values())))), np.float32)
         for weight, reward, part in zip(self._weights, self._rewards, parts.values(), strict=True):
             if weight:
                 total += np.float32(weight) * (_whitened(part) if reward.whitened else part)
+                plain += np.float32(weight) * part
         failures = sum(int(np.isnan(part).sum()) for part in parts.values())
-        return Scores(total, parts, failures)
+        return Scores(total, plain, parts, failures)
 
     def extend(self, scores: Scores, samples: Sequence[Sample]) -> Scores:
         """The scores that are there and, after them, those of further samples, by one scale.

@@ -297,10 +297,10 @@ def masked(batch: Batch, values: np.ndarray, scores: np.ndarray) -> tuple[Batch,
 
 def describe_scores(scores: Scores, rollouts: Rollouts) -> dict[str, float]:
     """What to log of samples: rewards, lengths, how many ended by themselves."""
-    known = scores.total[np.isfinite(scores.total)]
+    known = scores.plain[np.isfinite(scores.plain)]
     parts = {f"rewards/{name}": _mean(values) for name, values in scores.parts.items()}
     return {
-        "reward": _mean(scores.total),
+        "reward": _mean(scores.plain),
         "reward_std": float(known.std()) if len(known) else 0.0,
         **parts,
         "completion_length": float(rollouts.lengths.mean()),

@@ -137,6 +137,7 @@ def test_a_whitened_reward_counts_whitened_and_is_reported_as_it_is(scorer, samp
     deviation = np.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
     expected = 1 + 2 * (np.array([1, 2, 6, np.nan]) - 3) / deviation
     np.testing.assert_allclose(scores.total, expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.plain, [3, 5, 13, np.nan])
 
 
 @pytest.mark.parametrize(
