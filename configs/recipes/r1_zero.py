@@ -33,7 +33,7 @@ def get_config(argument=None):
     for number in range(1, int(given["rounds"]) + 1):
         stage = load_config(CONFIGS / "grpo.py")
         stage.init_from, stage.seed = "{best}", number
-        stage.phases[0].steps = 60
+        stage.phases[0].steps = 120
         rounds[f"grpo_{number}"] = stage
     yardstick = YardstickConfig(
         stages=("base", *rounds), data=PromptDataConfig(source=SUMS), max_new_tokens=8

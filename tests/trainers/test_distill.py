@@ -136,6 +136,7 @@ def test_the_run_holds_the_student_alone(distilled, start, teacher, opened):
     assert start("sft", init_from=str(run.workdir))  # and the next stage takes it up
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(distilled):
     one = distilled()
     mesh = MeshConfig(data=2, fsdp=2)
@@ -164,6 +165,7 @@ def dying_at(step):
     return mock.patch.object(OfflineSource, "next", next_batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(
     top_k, distilled, sections, configure, run_on, opened, tmp_path
