@@ -6,8 +6,8 @@
     python -m llm_jax.main --config=configs/grpo.py --config.init_from=runs/sums_sft
 
 The default prompts are sums of two numbers, and an answer is worth 1 if it is right. In 120 steps,
-about eight minutes on two fast cores, the share of held-out sums that are right rose from 0.21 to
-0.30 (± 0.03).
+19 minutes on two busy cores, the share of held-out sums that are right rose from 0.21 to 0.59
+(± 0.03).
 
 DAPO is --config.loss.variant=dapo --config.advantage.redraws=3 (dynamic sampling), with
 --config.advantage.overlong_buffer=TOKENS where answers are long.
