@@ -49,8 +49,9 @@ def recipe(
     init_from="{sft}" starts from what that left and data.source="{sft}/pairs" reads what it wrote.
     Every leaf of every stage can be overridden: --config.sft.optimizer.learning_rate=1e-4.
 
-    A yardstick measures the stages that it names as soon as they are finished; "{best}" is the
-    folder of the one, of those so far, whose answers have the highest mean reward.
+    A yardstick measures its `stages` as soon as they are finished, and so are those that its texts
+    name; "{best}" is the folder of the one, of those so far, whose answers have the highest mean
+    reward.
     """
     config = ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
     if yardstick is not None:

@@ -18,7 +18,7 @@ from llm_jax.rl.advantages import group_advantages, overlong_penalty
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
 from llm_jax.trainers.reference import reference_policy
-from llm_jax.trainers.rounds import Round, Wiring, masked
+from llm_jax.trainers.rounds import Round, Stateless, Wiring, masked
 from llm_jax.types import RolloutBatch
 
 
@@ -55,8 +55,8 @@ class GRPOConfig(on_policy.OnPolicyConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupLearner:
-    """Advantages within groups; it has no state."""
+class GroupLearner(Stateless):
+    """Advantages within groups."""
 
     config: GRPOConfig
 
@@ -81,12 +81,6 @@ class GroupLearner:
             reference_logprobs=round.reference_logprobs,
         )
         return batch, {"constant_groups": float(groups.constant.mean())}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        del state
 
 
 def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], None]) -> Trainer:

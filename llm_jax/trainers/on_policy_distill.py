@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +26,7 @@ from llm_jax.rl.rollouts import Rollouts
 from llm_jax.step import Objective
 from llm_jax.trainers import on_policy
 from llm_jax.trainers.base import Trainer
-from llm_jax.trainers.rounds import Measure, Round, Wiring
+from llm_jax.trainers.rounds import Measure, Round, Stateless, Wiring
 from llm_jax.trainers.teacher import TeacherConfig, beside, lay
 from llm_jax.types import Batch, Mean, RolloutBatch
 
@@ -40,20 +41,14 @@ class OnPolicyDistillConfig(on_policy.OnPolicyConfig):
     rewards: tuple[RewardTerm, ...] = (RewardTerm("finished"),)  # logged, no part of the loss
 
 
-class Imitation:
-    """Trains on the samples as they are; it has no state."""
+class Imitation(Stateless):
+    """Trains on the samples as they are."""
 
     def learn(self, params: Any, round: Round) -> tuple[RolloutBatch, dict[str, float]]:
         del params
         rollouts = round.rollouts
         advantages = np.zeros_like(rollouts.logprobs)
         return RolloutBatch(rollouts.sequences, rollouts.logprobs, advantages), {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        del state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +61,7 @@ class _Sequences:
         return len(self.batch.tokens)
 
     def __getitem__(self, index: int) -> Batch:
-        fields = {f.name: getattr(self.batch, f.name)[index] for f in dataclasses.fields(Batch)}
-        return Batch(**fields)
+        return jax.tree.map(lambda x: x[index], self.batch)
 
 
 def build(

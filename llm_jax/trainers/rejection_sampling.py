@@ -25,7 +25,7 @@ from llm_jax.rl.selection import SelectionConfig, Selector, best_of
 from llm_jax.step import Objective, Pooled
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
-from llm_jax.trainers.rounds import Round, Wiring
+from llm_jax.trainers.rounds import Round, Stateless, Wiring
 from llm_jax.types import RolloutBatch
 
 
@@ -38,7 +38,7 @@ class RejectionSamplingConfig(on_policy.OnPolicyConfig):
     selection: SelectionConfig = SelectionConfig()
 
 
-class BestOfN:
+class BestOfN(Stateless):
     """Trains on chosen answers; what it knows of earlier ones stands in the run's folder."""
 
     def __init__(self, selector: Selector, run: str):
@@ -66,12 +66,6 @@ class BestOfN:
             **best_of(round.scores.reshape(prompts, -1)),
         }
         return RolloutBatch(sequences, old_logprobs=zeros, advantages=zeros), metrics
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        del state
 
 
 _NOTHING = Sample(0, "", "", (), (), False, {})  # stands where fewer answers are good enough

@@ -64,6 +64,16 @@ class Learner(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+class Stateless:
+    """Of a learner that keeps nothing from one round to the next."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        del state
+
+
 @dataclasses.dataclass(frozen=True)
 class Wiring:
     """What a stage adds: its objective, its learner, and its reference, if it has one.

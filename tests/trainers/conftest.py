@@ -1,5 +1,6 @@
 """A tiny pre-trained run, examples for the stages after it, and how those are started."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -16,6 +17,7 @@ from llm_jax import weights
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.config import build as build_config
 from llm_jax.data.chat_corpus import ChatDataConfig
+from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
 from llm_jax.data.prompts import PromptDataConfig
@@ -254,6 +256,29 @@ def configure_on_policy(examples, pretrained, vowels_reward):
         return config_module.defaults(TRAINERS[trainer].config, **{**settings, **sections})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def killed_at():
+    """`with killed_at(step, source):` a run must end there without a word, or a checkpoint, since
+    its source, a class, raises."""
+
+    class Killed(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def killed(step, source=OfflineSource):
+        real = source.next
+
+        def next_batch(self, params, current):
+            if current == step:
+                raise Killed
+            return real(self, params, current)
+
+        with mock.patch.object(source, "next", next_batch), pytest.raises(Killed):
+            yield
+
+    return killed
 
 
 @pytest.fixture(scope="session")

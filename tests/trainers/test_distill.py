@@ -10,7 +10,6 @@ import pytest
 
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.chat_corpus import ChatDataConfig
-from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
@@ -146,29 +145,14 @@ def test_devices_change_nothing(distilled):
         assert taught(run, "loss") == pytest.approx(taught(one, "loss"), rel=1e-4)
 
 
-class Killed(Exception):
-    pass
-
-
 class Computed(Exception):
     pass
-
-
-def dying_at(step):
-    real = OfflineSource.next
-
-    def next_batch(source, params, current):
-        if current == step:
-            raise Killed
-        return real(source, params, current)
-
-    return mock.patch.object(OfflineSource, "next", next_batch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(
-    top_k, distilled, sections, configure, run_on, opened, tmp_path
+    top_k, distilled, sections, configure, run_on, opened, killed_at, tmp_path
 ):
     """Through two epochs and two lengths, so that rows come in many orders."""
     more = {
@@ -181,7 +165,7 @@ def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(
     }  # fmt: skip
     whole = distilled(**more)
     config = configure("distill", **sections(**more))
-    with dying_at(5), pytest.raises(Killed):
+    with killed_at(5):
         run_on(1, config, tmp_path / "run")
     assert run_on(1, config, tmp_path / "run") == 0
     resumed = opened(tmp_path / "run")
@@ -216,7 +200,7 @@ def test_a_damaged_file_is_computed_again(build, beginning, sections, tmp_path):
 
 
 def test_the_teacher_need_not_be_there_to_resume_from_the_disk(
-    sections, configure, run_on, teacher, tmp_path
+    sections, configure, run_on, teacher, killed_at, tmp_path
 ):
     """Its weights, that is: what it is must still be known."""
     gone = tmp_path / "teacher"
@@ -226,7 +210,7 @@ def test_the_teacher_need_not_be_there_to_resume_from_the_disk(
         phases=(PhaseConfig(length=32, batch=8, steps=4),),
     )  # fmt: skip
     config = configure("distill", **more)
-    with dying_at(3), pytest.raises(Killed):
+    with killed_at(3):
         run_on(1, config, tmp_path / "run")
     (checkpoint,) = (gone / "checkpoints").iterdir()
     shutil.rmtree(checkpoint / "params")
@@ -291,7 +275,7 @@ def test_a_number_of_tokens_below_one_is_refused(build, sections):
 
 
 def test_a_teacher_that_has_changed_is_refused(
-    sections, configure, run_on, teacher, tmp_path, start
+    sections, configure, run_on, teacher, killed_at, tmp_path, start
 ):
     mine = tmp_path / "teacher"
     shutil.copytree(teacher, mine)
@@ -300,7 +284,7 @@ def test_a_teacher_that_has_changed_is_refused(
         phases=(PhaseConfig(length=32, batch=8, steps=4),),
     )  # fmt: skip
     config = configure("distill", **more)
-    with dying_at(3), pytest.raises(Killed):
+    with killed_at(3):
         run_on(1, config, tmp_path / "run")
     other = start("sft", phases=(PhaseConfig(length=32, batch=8, steps=12),))
     shutil.rmtree(mine / "checkpoints")

@@ -1,7 +1,5 @@
 """On-policy distillation: what a student learns from its own answers, and resuming."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 
@@ -91,12 +89,8 @@ def test_adapters_learn_too(distilled):
     assert find(str(run.workdir)).model.lora.rank == 2
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_run_killed_within_a_round_ends_bit_for_bit_as_if_it_had_not_been(
-    distilled, sections, configure, run_on, opened, tmp_path
+    distilled, sections, configure, run_on, opened, killed_at, tmp_path
 ):
     more = {
         "rollout": RolloutConfig(samples=2, max_new_tokens=6, updates=2, epochs=2),
@@ -105,14 +99,7 @@ def test_a_run_killed_within_a_round_ends_bit_for_bit_as_if_it_had_not_been(
     }
     whole = distilled(**more)
     config = configure("on_policy_distill", **sections(**more))
-    real = OnPolicySource.next
-
-    def next_batch(source, params, step):
-        if step == 7:
-            raise Killed
-        return real(source, params, step)
-
-    with mock.patch.object(OnPolicySource, "next", next_batch), pytest.raises(Killed):
+    with killed_at(7, OnPolicySource):
         run_on(1, config, tmp_path / "run")
     assert run_on(1, config, tmp_path / "run") == 0
     resumed = opened(tmp_path / "run")

@@ -76,22 +76,6 @@ def test_a_run_without_a_parent_starts_from_scratch(build):
 # --- resume ---------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
-def dying_at(step):
-    """A source that raises, so that the run ends without a word, or a checkpoint."""
-    real = OfflineSource.next
-
-    def next_batch(source, params, current):
-        if current == step:
-            raise Killed
-        return real(source, params, current)
-
-    return mock.patch.object(OfflineSource, "next", next_batch)
-
-
 def stopping_at(step):
     """A source during whose batch the run is asked to stop."""
     real = OfflineSource.next
@@ -105,7 +89,7 @@ def stopping_at(step):
 
 
 def test_a_killed_run_with_adapters_ends_bit_for_bit_as_if_it_had_not_been(
-    start, configure, run_on, opened, tmp_path
+    start, configure, run_on, opened, killed_at, tmp_path
 ):
     """Dropout of adapters and of activations, noise on embeddings, and an average."""
     sections = {
@@ -118,7 +102,7 @@ def test_a_killed_run_with_adapters_ends_bit_for_bit_as_if_it_had_not_been(
     }
     whole = opened(start("sft", **sections))
     config = configure("sft", **sections)
-    with dying_at(3), pytest.raises(Killed):
+    with killed_at(3):
         run_on(1, config, tmp_path / "run")
     with stopping_at(4):
         assert run_on(1, config, tmp_path / "run") == 128 + signal.SIGTERM
