@@ -18,12 +18,12 @@ from llm_jax.data.corpus import DataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError, did_you_mean
+from llm_jax.mesh import MeshConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.presets import PRESETS
 from llm_jax.models.size import active_parameter_count
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 

@@ -13,10 +13,11 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
-from llm_jax import checkpoint, sharding
+from llm_jax import checkpoint
 from llm_jax.binding import binding_digest
 from llm_jax.config import build, defaults, flatten, resolved
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import read_metrics_file
 from llm_jax.yardstick import Measurements, YardstickConfig
 
@@ -98,7 +99,7 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
         waiting += [name] if name in yardstick.stages else []
         if _named(yardstick, names) <= folders.keys():
             filled = build(YardstickConfig, _filled(yardstick, folders))
-            mesh = sharding.make_mesh(build(sharding.MeshConfig, stage.mesh))
+            mesh = make_mesh(build(MeshConfig, stage.mesh))
             for each in waiting:
                 _say(measured.take(each, folders[each], filled, mesh, _say))
             waiting.clear()

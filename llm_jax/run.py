@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from llm_jax import checkpoint, sharding
+from llm_jax import checkpoint
 from llm_jax.binding import binding
 from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
 from llm_jax.errors import UserError, did_you_mean, disk_errors
+from llm_jax.mesh import make_mesh
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
 from llm_jax.recipe import RECIPE, run_recipe
@@ -51,7 +52,7 @@ def run(config: Any, workdir: str | Path) -> int:
         return 0
 
     use_compilation_cache(run_config.compilation_cache)
-    mesh = sharding.make_mesh(run_config.mesh)
+    mesh = make_mesh(run_config.mesh)
     log = RunLog(workdir, run_config.metrics, resolved(run_config))
     with disk_errors(workdir, DISK_MEND), jax.set_mesh(mesh), log:
         trainer = stage.build(run_config, mesh, workdir, log.message)

@@ -13,9 +13,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llm_jax import sharding
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel
 from llm_jax.stored import Stored, find
 
@@ -55,7 +55,7 @@ class LoadedRun:
         return self.stored.tokenizer()
 
 
-def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> LoadedRun:
+def load_run(workdir: str, mesh_config: MeshConfig | None = None) -> LoadedRun:
     """Loads `RUN` at its newest checkpoint, `RUN@STEP`, or a Hugging Face folder, onto all devices.
 
     Args:
@@ -66,7 +66,7 @@ def load_run(workdir: str, mesh_config: sharding.MeshConfig | None = None) -> Lo
       UserError: no run, no such checkpoint, a damaged one, or a mesh that does not fit.
     """
     stored = find(workdir)
-    mesh = sharding.make_mesh(mesh_config or sharding.MeshConfig())
+    mesh = make_mesh(mesh_config or MeshConfig())
     model, params = LanguageModel(stored.model), stored.read(mesh)
     return LoadedRun(stored, model, params, mesh)
 

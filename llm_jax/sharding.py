@@ -1,6 +1,6 @@
-"""The mesh and the one table of rules from logical axes to mesh axes.
+"""The one table of rules from logical axes to mesh axes.
 
-Models name logical axes only; this file holds the only mention of mesh axes.
+Models name logical axes only; all that is laid out over the mesh is laid out by this table.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import flax.struct
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.errors import UserError
-
-MESH_AXES = ("data", "fsdp", "expert", "tensor")  # the closest devices last
 
 # Logical axis → mesh axes. Parameters first, then activations, which have names of their own
 # because the same dimension is laid out differently in the two.
@@ -30,14 +28,18 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
     "router_experts": (),  # the router's outputs: every token meets all of them
-    "layers": (),
+    "layers": ("stage",),
     "fused": (),  # the small axis of parts that one matrix product makes together: q/k/v, gate/up
     "norm": (),
     "positions": (),  # rows of a table of learned positions
     "rank": (),  # the narrow middle of adapters
     "head_output": (),  # of a reward or value head
+    # Before and after the layers the devices of all stages share the rows.
+    "activation_rows": ("stage", "data", "fsdp", "expert"),
     "activation_batch": ("data", "fsdp", "expert"),
-    "activation_time": (),
+    "activation_time": ("context",),
+    # The residual stream between the products, which the tensor axis does not split otherwise.
+    "activation_residual_time": ("context", "tensor"),
     "activation_embed": (),
     "activation_heads": ("tensor",),
     "activation_head_dim": (),
@@ -48,6 +50,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "activation_experts": ("expert",),
     "activation_expert_batch": ("data", "fsdp"),
 }
+
+TIME_AXES = ("activation_time", "activation_residual_time")
 
 # Start-up is refused when more than this share of the parameters has no sharded axis.
 MAX_REPLICATED_SHARE = 0.25
@@ -79,53 +83,6 @@ class Named(nn.meta.AxisMetadata):
         return dataclasses.replace(self, names=self.names[:index] + self.names[index + 1 :])
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, "the rest"."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1  # of a mixture of experts; one more axis of the batch for all else
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh with axes `MESH_AXES`.
-
-    Raises:
-      UserError: the axes do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh={sizes}: sizes are positive, and at most one may be -1.")
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise UserError(
-            f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit "
-            f"{len(devices)} devices: make the sizes multiply to {len(devices)}, or set one to -1."
-        )
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
-
-
-def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh of devices that need not exist, to plan for; an axis of -1 has size 1.
-
-    Raises:
-      UserError: a size that is not positive.
-    """
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    if any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"config.mesh={sizes}: sizes are positive.")
-    return AbstractMesh(
-        tuple(max(1, size) for size in sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes)
-    )
-
-
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have the logical names `axes`.
 
@@ -150,17 +107,39 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    entries = [
+        _fitting(mesh, entry, size) if axis in TIME_AXES else entry
+        for axis, entry, size in zip(axes, spec(axes), x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _fitting(mesh: AbstractMesh, entry: Any, size: int) -> Any:
+    """As many of the leading mesh axes as divide a dimension: rows that are decoded one token at a
+    time are not cut."""
+    mesh_axes = _mesh_axes(entry)
+    while size % math.prod(mesh.shape[axis] for axis in mesh_axes):
+        mesh_axes = mesh_axes[:-1]
+    return mesh_axes or None
+
+
+def time_shards(time: int) -> int:
+    """How many ways `constrain` splits the residual stream of rows of `time` tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    entry = _fitting(mesh, RULES["activation_residual_time"], time)
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(entry))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a `[batch, ...]` array over the axes of the batch."""
-    return NamedSharding(mesh, spec(("activation_batch",)))
+    return NamedSharding(mesh, spec(("activation_rows",)))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways the batch dimension is split; every batch must be a multiple of it."""
-    return math.prod(mesh.shape[axis] for axis in RULES["activation_batch"])
+    return math.prod(mesh.shape[axis] for axis in RULES["activation_rows"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -181,7 +160,7 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
         names, shape = _names_and_shape(box)
         partition = spec(names)
         for dimension, (size, entry) in enumerate(zip(shape, partition, strict=True)):
-            mesh_axes = () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
+            mesh_axes = _mesh_axes(entry)
             ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
             if size % ways:
                 raise UserError(
@@ -225,6 +204,11 @@ def tree_shardings(mesh: Mesh, params: Any, param_shardings: Any, tree: Any) -> 
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
 
 
 def _is_box(x: Any) -> bool:

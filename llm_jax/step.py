@@ -62,7 +62,7 @@ def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> in
         nearest = max(shards, round(batch / shards) * shards)
         raise UserError(
             f"a batch of {batch} sequences is not divided by the mesh's {shards} batch shards "
-            f"(data x fsdp x expert): use a multiple of {shards}, such as {nearest}."
+            f"(stage x data x fsdp x expert): use a multiple of {shards}, such as {nearest}."
         )
     limit = config.micro_batch_tokens
     if limit is None and mesh.devices.flat[0].platform == "cpu":
@@ -212,4 +212,4 @@ def _sum_over(function: Callable[..., Any], operands: Any) -> Any:
 def _split(x: jax.Array, parts: int) -> jax.Array:
     """[batch, ...] → [parts, batch / parts, ...]; every micro-batch takes rows of every shard."""
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-    return sharding.constrain(x, None, "activation_batch", *[None] * (x.ndim - 2))
+    return sharding.constrain(x, None, "activation_rows", *[None] * (x.ndim - 2))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llm_jax import config as config_module
-from llm_jax import run, sharding
+from llm_jax import run
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.corpus import DataConfig
 from llm_jax.data.phases import PhaseConfig
@@ -116,8 +116,8 @@ def run_on():
         def make_mesh(mesh_config):
             return real(mesh_config, jax.devices()[:devices])
 
-        real = sharding.make_mesh
-        with mock.patch.object(sharding, "make_mesh", make_mesh):
+        real = run.make_mesh
+        with mock.patch.object(run, "make_mesh", make_mesh):
             return run.run(config, workdir)
 
     return start

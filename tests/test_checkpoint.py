@@ -16,8 +16,9 @@ import pytest
 from llm_jax import checkpoint, optim, sharding, step
 from llm_jax.checkpoint import CheckpointConfig, Checkpointer
 from llm_jax.errors import UserError, disk_errors
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, Named
+from llm_jax.sharding import Named
 
 CURSOR = {"clock": {"index": 1}, "source": {"epochs": {"text": 0.1}}}
 META = {"stage": "pretrain", "model": {"embed_dim": 8}, "lineage": []}
@@ -38,7 +39,7 @@ class Fixture:
     """A small state on a mesh of the first devices, and the pieces around it."""
 
     def __init__(self, devices=1, mesh=MeshConfig(), **optimizer):  # noqa: B008 (frozen)
-        self.mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
+        self.mesh = make_mesh(mesh, jax.devices()[:devices])
         boxed = jax.eval_shape(init_boxed, jax.random.key(0))
         self.optimizer = optim.make_optimizer(OptimizerConfig(**optimizer), sharding.unbox(boxed))
         self.abstract, self.shardings = step.init_state(

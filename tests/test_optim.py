@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.models.config import ModelConfig
-from llm_jax.models.transformer import LanguageModel
+from llm_jax.models.language_model import LanguageModel
 from llm_jax.optim import (
     MUON_UPDATE_RMS,
     OptimizerConfig,

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
+from llm_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, Named, make_mesh, spec
+from llm_jax.sharding import Named, spec
 
 
 def box(shape, *names):
@@ -23,16 +24,17 @@ def box(shape, *names):
 
 
 @pytest.mark.parametrize("config, shape", [
-    (MeshConfig(), (8, 1, 1, 1)),
-    (MeshConfig(fsdp=2), (4, 2, 1, 1)),
-    (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 2)),
-    (MeshConfig(2, 2, 2), (2, 2, 1, 2)),
-    (MeshConfig(data=1, tensor=2, expert=-1), (1, 1, 4, 2)),
+    (MeshConfig(), (1, 8, 1, 1, 1, 1)),
+    (MeshConfig(fsdp=2), (1, 4, 2, 1, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 1, 4, 1, 1, 2)),
+    (MeshConfig(2, 2, 2), (1, 2, 2, 1, 1, 2)),
+    (MeshConfig(data=1, tensor=2, expert=-1), (1, 1, 1, 4, 1, 2)),
+    (MeshConfig(data=1, context=4, stage=2), (2, 1, 1, 1, 4, 1)),
 ])  # fmt: skip
 def test_one_axis_takes_the_rest_of_the_devices(config, shape):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.values()) == shape
-    assert mesh.axis_names == sharding.MESH_AXES
+    assert mesh.axis_names == MESH_AXES
 
 
 @pytest.mark.parametrize("config", [
@@ -53,9 +55,9 @@ def test_a_mesh_of_some_devices():
 
 def test_logical_names_map_by_the_table():
     assert spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
-    assert spec(("layers", None, "heads")) == PartitionSpec(None, None, "tensor")
+    assert spec(("layers", None, "heads")) == PartitionSpec("stage", None, "tensor")
     assert spec(("activation_batch", "activation_time")) == PartitionSpec(
-        ("data", "fsdp", "expert"), None
+        ("data", "fsdp", "expert"), "context"
     )
     assert spec(("experts", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
 
@@ -73,7 +75,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_every_rule_names_mesh_axes_that_exist():
-    assert {axis for axes in sharding.RULES.values() for axis in axes} <= set(sharding.MESH_AXES)
+    assert {axis for axes in sharding.RULES.values() for axis in axes} <= set(MESH_AXES)
 
 
 def test_a_dimension_that_its_axis_does_not_divide_names_the_parameter():
@@ -121,8 +123,10 @@ def test_an_expert_axis_needs_experts():
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [MeshConfig(2, 2, 2), MeshConfig(2, 1, 2, expert=2)])
-def test_batches_are_split_over_all_axes_but_tensor(config):
+@pytest.mark.parametrize("config", [
+    MeshConfig(2, 2, 2), MeshConfig(2, 1, 2, expert=2), MeshConfig(2, 1, 1, context=2, stage=2),
+])  # fmt: skip
+def test_batches_are_split_over_all_axes_but_tensor_and_context(config):
     mesh = make_mesh(config)
     assert sharding.batch_shards(mesh) == 4
     assert sharding.batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)
@@ -136,6 +140,18 @@ def test_constrain_lays_out_an_activation_where_a_mesh_is_set():
     with jax.set_mesh(mesh):
         laid_out = jax.jit(lambda x: sharding.constrain(x, *names))(x)
     assert laid_out.sharding.shard_shape(x.shape) == (2, 2)
+
+
+def test_time_is_cut_as_far_as_the_axes_divide_it():
+    """A row of one token, as in decoding, stays whole."""
+    mesh = make_mesh(MeshConfig(1, 1, 4, context=2))
+    names = ("activation_batch", "activation_residual_time")
+    with jax.set_mesh(mesh):
+        for time, shard in {16: 2, 6: 3, 1: 1}.items():
+            x = jax.jit(lambda x: sharding.constrain(x, *names))(np.zeros((8, time)))
+            assert x.sharding.shard_shape(x.shape) == (8, shard)
+            assert sharding.time_shards(time) == time // shard
+    assert sharding.time_shards(16) == 1  # no mesh
 
 
 def test_a_box_gains_and_loses_the_axis_of_stacked_layers():

@@ -11,11 +11,12 @@ import pytest
 
 from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.moe import MoeConfig
 from llm_jax.objectives.lm import LossConfig, make_objective
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, Named
+from llm_jax.sharding import Named
 from llm_jax.step import Pooled, StepConfig
 from llm_jax.types import Batch, Mean
 
@@ -38,9 +39,9 @@ MESHES = {
 }
 
 
-def make_mesh(config):
+def mesh_of(config):
     devices = config.data * config.fsdp * config.tensor * config.expert
-    return sharding.make_mesh(config, jax.devices()[:devices])
+    return make_mesh(config, jax.devices()[:devices])
 
 
 def ragged_batch(seed):
@@ -64,7 +65,7 @@ def ragged_batch(seed):
 
 def five_steps(model_config, mesh_config, micro_batches=1, name="adamw"):
     """Losses, gradient norms and final parameters on the host."""
-    mesh = make_mesh(mesh_config)
+    mesh = mesh_of(mesh_config)
     model = LanguageModel(model_config)
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     # Adam's epsilon keeps updates smooth in the gradients: with the usual 1e-8 a gradient that is
@@ -147,7 +148,7 @@ def some_steps(
     values, weights, micro_batches=1, objective=weighted_square, mesh=MESHES["1"], steps=1
 ):
     """The last parameter, and the metrics of every step."""
-    mesh = make_mesh(mesh)
+    mesh = mesh_of(mesh)
     optimizer = optim.make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=None), {"w": 0.0})
 
     def init_params(rng):
@@ -245,7 +246,7 @@ def test_the_sums_are_made_with_the_randomness_of_the_micro_batches():
 
 def loss_and_gradients(model_config, mesh_config, micro_batches):
     """Of one step, in float32 throughout, and its metrics."""
-    mesh = make_mesh(mesh_config)
+    mesh = mesh_of(mesh_config)
     model = LanguageModel(model_config)
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     keep = optax.GradientTransformationExtraArgs(
@@ -312,13 +313,13 @@ def test_the_load_balance_of_experts_is_that_of_the_whole_batch(one_pass, mesh, 
 ])  # fmt: skip
 def test_micro_batches_are_the_fewest_that_fit(mesh, batch, length, tokens, expected):
     config = StepConfig(micro_batch_tokens=tokens)
-    assert step.micro_batches(config, batch, length, make_mesh(MESHES[mesh])) == expected
+    assert step.micro_batches(config, batch, length, mesh_of(MESHES[mesh])) == expected
 
 
 @pytest.mark.parametrize("batch, hint", [(12, "such as 16"), (3, "such as 8"), (19, "such as 16")])
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, hint):
     with pytest.raises(UserError, match=rf"a batch of {batch} sequences .* {hint}"):
-        step.micro_batches(StepConfig(), batch, 64, make_mesh(MESHES["4x2"]))
+        step.micro_batches(StepConfig(), batch, 64, mesh_of(MESHES["4x2"]))
 
 
 if __name__ == "__main__":  # `python -m tests.test_step` writes the golden values anew

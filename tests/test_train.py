@@ -23,11 +23,11 @@ from llm_jax.data.corpus import ComponentConfig, DataConfig
 from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import GateConfig, PhaseConfig, plan
 from llm_jax.data.tokenizer_base import ByteTokenizer
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import MetricsConfig, RunLog, read_metrics_file
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig
 from llm_jax.train import train
 from llm_jax.trainers import TRAINERS, Stage
 from llm_jax.trainers.base import (
@@ -307,7 +307,7 @@ def point_config(phases, **sections):
 
 def train_points(config, workdir, evaluations=(), bad_steps=()):
     """Returns the outcome and the source."""
-    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     source = PointSource(mesh, bad_steps)
     trainer = point_trainer(config, mesh, source, evaluations)
     with jax.set_mesh(mesh), RunLog(workdir, config.metrics, {}) as log:
@@ -417,7 +417,7 @@ def test_every_checkpoint_and_evaluation_happens_at_its_interval(tmp_path):
 def test_evaluations_see_the_average_of_the_parameters(tmp_path):
     seen = []
     config = point_config(ONE_PHASE, optimizer=dataclasses.replace(QUICK, ema_decay=0.5))
-    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     trainer = point_trainer(config, mesh, PointSource(mesh))
     watch = Evaluation("watch", lambda params: seen.append(jax.device_get(params)) or {})
     setting = dataclasses.replace(trainer.setting(trainer.phases[0]), evaluations=(watch,))

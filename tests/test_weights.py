@@ -13,12 +13,13 @@ from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models import lora
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.sharding import unbox
 from llm_jax.stored import at
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.sft import SFTConfig, SFTEvaluationConfig

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from llm_jax.errors import UserError, disk_errors
+from llm_jax.mesh import MeshConfig, make_mesh
 from tools.cli import run_tool
 
 
@@ -28,7 +29,7 @@ def main(values: flags.FlagValues) -> None:
         raise UserError("--workdir=RUN and --output=MERGED are both needed.")
     import jax
 
-    from llm_jax import checkpoint, sharding
+    from llm_jax import checkpoint
     from llm_jax.data.tokenizers import load_tokenizer
     from llm_jax.runs import check_new, write_json
     from llm_jax.stored import at
@@ -39,7 +40,7 @@ def main(values: flags.FlagValues) -> None:
     meta = checkpoint.read_meta(run, step)
     if meta["model"].get("lora") is None:
         raise UserError(f"{run} has no adapters: there is nothing to merge.")
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         weights, _ = at(run, step).read_merged(mesh)
     meta = {key: value for key, value in meta.items() if key not in ("base", "critic")}

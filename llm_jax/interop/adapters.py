@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llm_jax import checkpoint, sharding
+from llm_jax import checkpoint
 from llm_jax.config import resolved
 from llm_jax.errors import UserError, disk_errors
 from llm_jax.interop.families import family_for
@@ -17,6 +17,7 @@ from llm_jax.interop.family import Family
 from llm_jax.interop.importer import DISK_MEND, STEP, finish
 from llm_jax.interop.peft import read_adapters, write_adapters
 from llm_jax.interop.tokenizer_files import read_template, write_tokenizer
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import lora
 from llm_jax.models.heads import REWARD
 from llm_jax.runs import check_new
@@ -41,7 +42,7 @@ def import_adapters(path: str | Path, base: str, workdir: str | Path) -> None:
     if stored.model.lora is not None:
         raise UserError(f"{base} has adapters already: fold them in by tools.merge first.")
     settings, adapters = read_adapters(Path(path), stored.model, _family(stored))
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh), disk_errors(workdir, DISK_MEND):
         _, identity = stored.read_merged(mesh)
         meta = stored.meta | {

@@ -11,8 +11,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from llm_jax import sharding
+from llm_jax.mesh import MeshConfig, make_abstract_mesh
 from llm_jax.models import ModelConfig
-from llm_jax.sharding import MeshConfig
 from llm_jax.weights import init_weights
 
 
@@ -118,7 +118,7 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
     Raises:
       UserError: the mesh does not divide the model, or leaves too much of it replicated.
     """
-    abstract_mesh = sharding.make_abstract_mesh(mesh)
+    abstract_mesh = make_abstract_mesh(mesh)
     boxed = jax.eval_shape(lambda rng: init_weights(model, (), rng), jax.random.key(0))
     shardings = sharding.parameter_shardings(abstract_mesh, boxed)
     counted: dict[PlannedParameter, int] = {}

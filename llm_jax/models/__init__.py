@@ -2,6 +2,7 @@
 
 from llm_jax.models.cache import KVCache, init_cache
 from llm_jax.models.config import ModelConfig, check_length
+from llm_jax.models.language_model import LanguageModel
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
 from llm_jax.models.rope import RopeConfig
@@ -11,7 +12,6 @@ from llm_jax.models.size import (
     flops_per_token,
     parameter_count,
 )
-from llm_jax.models.transformer import LanguageModel
 
 __all__ = [
     "KVCache",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models.transformer import LanguageModel
+from llm_jax.models.language_model import LanguageModel
 from llm_jax.sharding import Named
 from llm_jax.types import Batch
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.language_model import LanguageModel
 from llm_jax.models.layers import GATED
 from llm_jax.models.lora import init_adapters
-from llm_jax.models.transformer import LanguageModel
 from llm_jax.sharding import unbox
 
 

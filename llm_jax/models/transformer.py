@@ -1,4 +1,4 @@
-"""The decoder-only transformer, and `LanguageModel`, the face it shows to everything outside.
+"""The decoder-only transformer, as flax modules.
 
 Legend: B batch, T time, D embed, V vocabulary, K key/value heads, G query heads per key/value head,
 F = G + 2 heads that one product makes together (queries, key, value), N = K·G query heads,
@@ -18,13 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.errors import UserError
-from llm_jax.models.attention import attention, choose_backend
-from llm_jax.models.cache import KVCache, LayerCache, init_cache, write
+from llm_jax.models.attention import attention
+from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
 from llm_jax.models.moe import MixtureOfExperts, Routing
-from llm_jax.models.product import product, turned
 from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
@@ -33,7 +31,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-RESIDUAL_AXES = ("activation_batch", "activation_time", "activation_embed")
+RESIDUAL_AXES = ("activation_batch", "activation_residual_time", "activation_embed")
+ROWS_AXES = ("activation_rows", "activation_residual_time", "activation_embed")
 HEADS_AXES = ("activation_batch", "activation_heads")
 
 
@@ -208,7 +207,7 @@ class Transformer(nn.Module):
         # The rows of the table are gathered whole in the embed dimension, which the batch's mesh
         # axis would otherwise cut, but stay split over the vocabulary.
         table_VD = constrain(table_VD, "vocab", None).astype(config.dtype)
-        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *RESIDUAL_AXES)
+        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *ROWS_AXES)
         if config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(D), config.dtype)  # rounded, as published models have it
         if config.position == "learned":
@@ -217,7 +216,7 @@ class Transformer(nn.Module):
             table = parameter(self, "position_embedding", init, ("positions", "embed"), shape)
             # Padding may stand past the table; a row of NaNs there would reach all other rows.
             x_BTD += jnp.take(table.astype(config.dtype), positions_BT, axis=0, mode="clip")
-            x_BTD = constrain(x_BTD, *RESIDUAL_AXES)
+            x_BTD = constrain(x_BTD, *ROWS_AXES)
         if config.neftune_alpha and self.has_rng("dropout"):
             x_BTD += _embedding_noise(
                 self.make_rng("dropout"), config.neftune_alpha, x_BTD, segment_ids_BT
@@ -243,104 +242,13 @@ class Transformer(nn.Module):
                 kept.append(kept_i)
                 routings.append(routing)
             caches = tuple(kept)
-        x_BTD = _norm(config, name="final_norm")(x_BTD)
+        x_BTD = constrain(_norm(config, name="final_norm")(x_BTD), *ROWS_AXES)
         if cache is not None:
             assert row.query_segment_ids is not None
             grown = jnp.sum(row.query_segment_ids != 0, axis=1, dtype=jnp.int32)
             cache = dataclasses.replace(cache, layers=caches, lengths=cache.lengths + grown)
         routing = None if config.moe is None else functools.reduce(operator.add, routings)
         return x_BTD, cache, routing
-
-
-class LanguageModel:
-    """The transformer without flax: pure functions of a plain tree of float32 parameters.
-
-    Raises:
-      UserError: no vocabulary size, or an attention backend that cannot do what the config asks.
-    """
-
-    def __init__(self, config: ModelConfig, platform: str | None = None):
-        """`platform` ("cpu", "gpu", "tpu") is what it will run on; None = JAX's default."""
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set: give it, or take the tokenizer's.")
-        self.config = config
-        self.backend = choose_backend(config, platform or jax.default_backend())
-        self._module = Transformer(config, self.backend)
-
-    @property
-    def vocab_size(self) -> int:
-        assert self.config.vocab_size is not None
-        return self.config.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a row at most, prompt and continuation together."""
-        return self.config.max_length
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache with room for `length` tokens a row."""
-        return init_cache(self.config, batch, length)
-
-    def init(self, rng: jax.Array) -> Any:
-        """Random parameters in `sharding.Named` boxes that hold their logical axes."""
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return self._module.init(rng, tokens, None, None, None)["params"]
-
-    def apply(
-        self,
-        params: Any,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        *,
-        rng: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states after the final norm, [batch, time, embed] in the computation dtype.
-
-        Args:
-          tokens: int32 [batch, time], all below the vocabulary size.
-          positions: int32 [batch, time]; None counts on from the cache's lengths, or from 0.
-          segment_ids: int32 [batch, time], 0 for padding; None = one segment a row.
-          rng: switches dropout, and the noise of NEFTune, on.
-          cache: keys and values of earlier tokens, which these follow; see `KVCache`. Prefill and
-            decoding are the same call with many tokens or one.
-        """
-        hidden, cache, _ = self.apply_with_routing(
-            params, tokens, positions, segment_ids, rng=rng, cache=cache
-        )
-        return hidden, cache
-
-    def apply_with_routing(
-        self,
-        params: Any,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        *,
-        rng: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
-        """`apply`, and which experts the tokens took, summed over layers; None without experts."""
-        rngs = None if rng is None else {"dropout": rng}
-        result: Any = self._module.apply(
-            {"params": params}, tokens, positions, segment_ids, cache, rngs=rngs
-        )
-        return result
-
-    def output_kernel(self, params: Any) -> jax.Array:
-        """The output projection, float32 [embed, vocab]."""
-        return turned(params["embedding"]) if self.config.tie_embeddings else params["output"]
-
-    def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""
-        logits = product(hidden, kernel, self.config.dtype)
-        cap = self.config.logits_soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
-        """Logits float32 [batch, time, vocab] of the hidden states that `apply` returns."""
-        return self.project(hidden, self.output_kernel(params))
 
 
 def _row(

@@ -214,7 +214,7 @@ def _states(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array,
 
 def _logits(model: LanguageModel, hidden_BCD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     logits_BCV = model.project(hidden_BCD, kernel_DV)
-    return constrain(logits_BCV, "activation_batch", "activation_time", "activation_vocab")
+    return constrain(logits_BCV, "activation_rows", "activation_time", "activation_vocab")
 
 
 def _merged(logits_BCV: jax.Array, tokens_BCK: jax.Array) -> jax.Array:

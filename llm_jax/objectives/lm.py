@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llm_jax import sharding
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel
 from llm_jax.models.moe import Routing
@@ -237,7 +238,7 @@ def _chunk_sums(
 ) -> tuple[jax.Array, Sums]:
     """Total and metrics' sums of one chunk."""
     logits_BCV = project(hidden_BCD, kernel_DV)
-    logits_BCV = constrain(logits_BCV, "activation_batch", "activation_time", "activation_vocab")
+    logits_BCV = constrain(logits_BCV, "activation_rows", "activation_time", "activation_vocab")
     normaliser_BC = _log_normaliser(logits_BCV)
     picked_BC = pick(logits_BCV, targets_BC)
     total = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
@@ -278,15 +279,28 @@ def _over_chunks(chunk, function, hidden_BTD, targets_BT, weights_BT):
 
 
 def _split(x_BT: jax.Array, chunk: int) -> jax.Array:
-    """[batch, time, ...] → [chunks, batch, chunk, ...], padded with zeros (weight 0)."""
+    """[batch, time, ...] → [chunks, batch, chunk, ...], padded with zeros (weight 0).
+
+    Every chunk has a part from each shard of time (S of them), so that all devices work on it.
+    """
     batch, time = x_BT.shape[:2]
-    padding = -time % chunk
-    x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-    return jnp.moveaxis(x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]), 1, 0)
+    shards = sharding.time_shards(time)
+    piece = max(1, chunk // shards)
+    x_BSR = x_BT.reshape(batch, shards, time // shards, *x_BT.shape[2:])
+    padding = -(time // shards) % piece
+    x_BSR = jnp.pad(x_BSR, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+    x_BSNC = x_BSR.reshape(batch, shards, -1, piece, *x_BT.shape[2:])
+    x_NBC = jnp.moveaxis(x_BSNC, 2, 0).reshape(-1, batch, shards * piece, *x_BT.shape[2:])
+    return constrain(
+        x_NBC, None, "activation_rows", "activation_residual_time", *[None] * (x_BT.ndim - 2)
+    )
 
 
 def _join(x_NBC: jax.Array, time: int) -> jax.Array:
     """The inverse of `_split`."""
     chunks, batch, chunk = x_NBC.shape[:3]
-    joined = jnp.moveaxis(x_NBC, 0, 1).reshape(batch, chunks * chunk, *x_NBC.shape[3:])
-    return joined[:, :time]
+    shards = sharding.time_shards(time)
+    x_NBSC = x_NBC.reshape(chunks, batch, shards, chunk // shards, *x_NBC.shape[3:])
+    x_BSNC = jnp.moveaxis(x_NBSC, 0, 2)
+    x_BSR = x_BSNC.reshape(batch, shards, chunks * (chunk // shards), *x_NBC.shape[3:])
+    return x_BSR[:, :, : time // shards].reshape(batch, time, *x_NBC.shape[3:])

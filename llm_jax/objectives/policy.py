@@ -72,9 +72,7 @@ def policy_outputs(
 
     def read(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = model.project(hidden_BCD, kernel_DV) / (temperature or 1.0)
-        logits_BCV = constrain(
-            logits_BCV, "activation_batch", "activation_time", "activation_vocab"
-        )
+        logits_BCV = constrain(logits_BCV, "activation_rows", "activation_time", "activation_vocab")
         normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         expected_BC = jnp.sum(jax.nn.softmax(logits_BCV, axis=-1) * logits_BCV, axis=-1)
         return pick(logits_BCV, targets_BC) - normaliser_BC, normaliser_BC - expected_BC

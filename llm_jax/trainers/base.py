@@ -12,9 +12,9 @@ from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.phases import Phase, PhaseConfig
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig
 from llm_jax.metrics import MetricsConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig
 from llm_jax.step import Objective, StepConfig
 
 

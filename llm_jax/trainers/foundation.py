@@ -84,7 +84,7 @@ class Foundation:
         if batch is not None and (batch < 1 or batch % shards):
             raise UserError(
                 f"config.evaluation.batch={batch} must be a positive multiple of the mesh's "
-                f"{shards} batch shards (data x fsdp x expert)."
+                f"{shards} batch shards (stage x data x fsdp x expert)."
             )
         trained = f"{parameter_count(self.model):,} parameters"
         if self.model.moe is not None:

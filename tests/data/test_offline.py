@@ -12,9 +12,9 @@ from llm_jax.data.offline import OfflineSource
 from llm_jax.data.packing import pack
 from llm_jax.data.phases import PhaseConfig, plan
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig
 
 PHASES = plan(
     [
@@ -48,7 +48,7 @@ def rows(phase):
 
 def make_source(mesh=MeshConfig(1, 1, 1), seed=0):  # noqa: B008 (frozen)
     devices = mesh.data * mesh.fsdp * mesh.tensor
-    made = sharding.make_mesh(mesh, jax.devices()[:devices])
+    made = make_mesh(mesh, jax.devices()[:devices])
     return OfflineSource(PHASES, rows, seed, made)
 
 
@@ -139,7 +139,7 @@ def test_an_unknown_component_is_refused_before_the_first_step():
                                                              weights={"aa": 1.0})],
         OptimizerConfig(warmup_steps=0), RopeConfig(), {"a": 1.0},
     )  # fmt: skip
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with pytest.raises(UserError, match="no component 'aa'"):
         OfflineSource(phases, rows, 0, mesh)
 

@@ -11,6 +11,7 @@ from llm_jax.generation import continuous
 from llm_jax.generation.continuous import DecodingCost, generate_many
 from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.moe import MoeConfig
 
@@ -88,7 +89,7 @@ def test_the_number_of_slots_changes_nothing(slots):
 
 def test_a_mesh_changes_nothing_but_rounds_the_slots_up():
     model, params = make("grouped")
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     cost = DecodingCost()
     with jax.set_mesh(mesh):

@@ -11,6 +11,7 @@ from llm_jax.errors import UserError
 from llm_jax.generation import decoding
 from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig, init_cache
 
 BASE = ModelConfig(
@@ -159,7 +160,7 @@ def test_a_ragged_batch_equals_each_prompt_alone(sampler):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_changes_nothing_and_need_not_divide_the_batch(sizes):
     model, params, _ = make("window")
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    mesh = make_mesh(MeshConfig(*sizes))
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.parameter_shardings(mesh, boxed))

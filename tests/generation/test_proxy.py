@@ -13,6 +13,7 @@ from llm_jax.generation.continuous import generate_many
 from llm_jax.generation.generate import generate, generate_texts, stream
 from llm_jax.generation.proxy import Part, proxy_tuned, weighted
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 
 BASE = ModelConfig(
@@ -142,7 +143,7 @@ def test_rows_take_the_places_of_those_that_have_ended():
 
 def test_a_mesh_changes_nothing():
     model, params = proxy_tuned(*parts())
-    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         spread = [
             jax.device_put(

@@ -13,6 +13,7 @@ from llm_jax.generation import generate as generate_module
 from llm_jax.generation.generate import generate, generate_texts, sample_text, stream
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.generation.text import before_stop, pieces, stop_length, whole_text
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 
 CONFIG = ModelConfig(vocab_size=320, embed_dim=16, num_layers=1, num_heads=4, num_kv_heads=2,
@@ -271,7 +272,7 @@ def test_bad_stop_strings_are_refused_at_the_call():
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_changes_nothing(sizes):
     model, params = make()
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    mesh = make_mesh(MeshConfig(*sizes))
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.parameter_shardings(mesh, boxed))

@@ -18,6 +18,7 @@ from llm_jax.interop.folder import is_published, open_folder
 from llm_jax.interop.importer import import_folder
 from llm_jax.interop.safetensors_files import TensorFolder
 from llm_jax.interop.tokenizer_files import write_tokenizer
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
@@ -26,7 +27,6 @@ from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.rewards import RewardTerm
 from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.runs import load_run
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.stored import find
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.ppo import PPOConfig

@@ -18,9 +18,9 @@ from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.interop.families import FAMILIES, architecture, family_for
 from llm_jax.interop.family import Family
 from llm_jax.interop.folder import open_folder
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig, RopeConfig
 from llm_jax.models.heads import rewards
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.types import Batch
 
 FOLDERS = Path(__file__).parents[1] / "golden" / "families"

@@ -17,9 +17,10 @@ from llm_jax.errors import UserError
 from llm_jax.interop.folder import open_folder
 from llm_jax.interop.modules import target_modules, targets
 from llm_jax.interop.peft import read_adapters, write_adapters
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, LoraConfig
 from llm_jax.models.lora import init_adapters
-from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.sharding import unbox
 from llm_jax.types import join
 
 GOLDEN = Path(__file__).parents[1] / "golden"

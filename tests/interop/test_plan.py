@@ -7,10 +7,10 @@ from jax.sharding import PartitionSpec
 from llm_jax import sharding, weights
 from llm_jax.errors import UserError
 from llm_jax.interop.plan import plan
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import ModelConfig
 from llm_jax.models.presets import PUBLISHED
 from llm_jax.models.size import parameter_count
-from llm_jax.sharding import MeshConfig
 
 TINY = ModelConfig(vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, mlp_dim=48)
 
@@ -21,7 +21,7 @@ def test_a_plan_agrees_with_the_arrays(mesh, scan_layers):
     model = ModelConfig(**{**vars(TINY), "scan_layers": scan_layers})
     planned = plan(model, mesh)
     boxed = jax.eval_shape(lambda rng: weights.init_weights(model, (), rng), jax.random.key(0))
-    shardings = sharding.parameter_shardings(sharding.make_mesh(mesh), boxed)
+    shardings = sharding.parameter_shardings(make_mesh(mesh), boxed)
     made = jax.jit(
         lambda rng: sharding.unbox(weights.init_weights(model, (), rng)), out_shardings=shardings
     )(jax.random.key(0))

@@ -14,14 +14,14 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_jax import checkpoint, sharding
+from llm_jax import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.interop import tensors as tensors_module
 from llm_jax.interop.floats import narrow, widen
 from llm_jax.interop.pieces import Leaf, Piece
 from llm_jax.interop.safetensors_files import TensorFolder
 from llm_jax.interop.tensors import check, deferred, load, tensor_shapes, write
-from llm_jax.sharding import MeshConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 
 SIZES = {"L": 4, "V": 12, "D": 8, "K": 2, "G": 2, "H": 4, "F": 3, "M": 6, "E": 2}
 L, V, D, K, G, H, F, M, E = SIZES.values()
@@ -143,7 +143,7 @@ SPECS = {
 
 def make_abstract(specs=SPECS):
     """On 8 devices in a mesh of data 2, fsdp 2, tensor 2."""
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shapes = {leaf.path: leaf.shape for leaf in LEAVES}
     return jax.tree_util.tree_map_with_path(
         lambda path, spec: jax.ShapeDtypeStruct(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import ModelConfig
 from llm_jax.models.attention import attention, choose_backend
-from llm_jax.sharding import MeshConfig, make_mesh
 
 # batch, kv heads, group, time, head dim; the splash kernel pads the odd length to its block
 SHAPE = (2, 2, 2, 37, 8)

@@ -11,6 +11,7 @@ import pytest
 
 from llm_jax import optim
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import (
     LanguageModel,
     LoraConfig,
@@ -22,7 +23,7 @@ from llm_jax.models import (
 )
 from llm_jax.models.lora import init_adapters, merge, split, unmerge
 from llm_jax.models.quantize import quantize
-from llm_jax.sharding import MeshConfig, make_mesh, parameter_shardings, unbox
+from llm_jax.sharding import parameter_shardings, unbox
 from llm_jax.types import join
 from tests.golden.llama import llama_adapters, llama_params
 

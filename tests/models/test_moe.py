@@ -9,10 +9,11 @@ import pytest
 
 from llm_jax import optim, sharding
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import ModelConfig, flops_per_token, parameter_count
 from llm_jax.models.moe import MixtureOfExperts, MoeConfig
 from llm_jax.models.size import active_parameter_count
-from llm_jax.sharding import MeshConfig, unbox
+from llm_jax.sharding import unbox
 
 B, T, D, M, E, K = 4, 9, 8, 16, 4, 2
 ROOMY = E / K  # a capacity factor with which an expert has room for every token
@@ -204,7 +205,7 @@ def on_one_device():
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_no_mesh_changes_values_or_gradients(on_one_device, capacity_factor, mesh):
     module, params = make(capacity_factor=capacity_factor)
-    mesh = sharding.make_mesh(mesh)
+    mesh = make_mesh(mesh)
     x, real = inputs(8)
     boxed = jax.eval_shape(
         lambda: module.init(jax.random.key(0), x[:1], real[:1], dropless=True)["params"]
@@ -224,7 +225,7 @@ def test_a_single_row_needs_not_fill_the_mesh():
     module, params = make()
     x, real = (a[:1] for a in inputs())
     expected, _ = apply(module, params, x, real)
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 1, 1, 4))):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 1, 4))):
         out, _ = apply(module, params, x, real)
     assert out.shape == x.shape
     np.testing.assert_allclose(out, expected, atol=1e-6)
@@ -233,7 +234,7 @@ def test_a_single_row_needs_not_fill_the_mesh():
 def test_tokens_go_to_their_experts_by_all_to_all():
     """The partitioner makes it out of two layouts; nothing else of the activations moves."""
     module, params = make(capacity_factor=1.0)
-    mesh = sharding.make_mesh(MeshConfig(2, 1, 1, 4))
+    mesh = make_mesh(MeshConfig(2, 1, 1, 4))
     x, real = inputs(8)
     boxed = jax.eval_shape(
         lambda: module.init(jax.random.key(0), x[:1], real[:1], dropless=True)["params"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import (
     LanguageModel,
     ModelConfig,
@@ -16,7 +17,7 @@ from llm_jax.models import (
     flops_per_token,
     parameter_count,
 )
-from llm_jax.sharding import MeshConfig, make_mesh, parameter_shardings, unbox
+from llm_jax.sharding import parameter_shardings, unbox
 
 CONFIG = ModelConfig(
     vocab_size=61,

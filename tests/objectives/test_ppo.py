@@ -9,12 +9,13 @@ import pytest
 
 from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models.heads import CRITIC, VALUE, init_value_head, values
 from llm_jax.objectives.lm import token_nats
 from llm_jax.objectives.policy import PolicyOutputs, policy_outputs
 from llm_jax.objectives.ppo import LossConfig, make_objective, ppo_loss, whole_of
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, unbox
+from llm_jax.sharding import unbox
 from llm_jax.types import Mean
 
 CONFIG = LossConfig(clip=0.15, value_clip=0.1, value_coefficient=0.3, entropy_coefficient=0.02)
@@ -249,7 +250,7 @@ def test_a_step_in_pieces_on_many_devices_is_the_step_in_one(with_head, make_rol
     axes = {"embedding": ("vocab", "embed"), VALUE: {"kernel": ("embed", "head_output")}}
 
     def one_step(devices, micro_batches):
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
         boxed = jax.tree.map(sharding.Named, params, axes)
         with jax.set_mesh(mesh):
             _, shardings = step.init_state(

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from llm_jax.data.tokenizer_base import ByteTokenizer
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.rl.scoring import Policy, Sample
-from llm_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture

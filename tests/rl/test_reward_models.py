@@ -15,11 +15,12 @@ from llm_jax.data.templates import make_template
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.errors import UserError
 from llm_jax.evals.batching import sequence_batch
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.heads import REWARD, init_reward_head, rewards
 from llm_jax.rl.rewards import RewardTerm, Scorer
 from llm_jax.rl.scoring import Policy
-from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.sharding import unbox
 from llm_jax.types import TrainState
 
 LONGEST = 48

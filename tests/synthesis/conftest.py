@@ -9,9 +9,10 @@ from llm_jax.data.examples import Message
 from llm_jax.data.templates import TEMPLATES
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.runs import LoadedRun
-from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.sharding import unbox
 from llm_jax.stored import Stored
 from llm_jax.synthesis.responders import RunResponder
 

@@ -11,6 +11,7 @@ import pytest
 from llm_jax import config as config_module
 from llm_jax import sharding
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.size import flops_per_token
 from llm_jax.objectives import lm
@@ -48,7 +49,7 @@ def bench(capsys):
 
 def test_bare_step_trains_as_the_objective_says():
     """Its first loss is the objective's at the initial parameters; it falls on one batch."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:2])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     model = LanguageModel(MODEL)
     objective = lm.make_objective(model, lm.LossConfig())
     config = PretrainConfig(
@@ -72,7 +73,7 @@ def test_bare_step_trains_as_the_objective_says():
 
 
 def test_random_batches_differ_and_predict_the_next_token():
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     first, second = random_batches(50, 3, 7, mesh, count=2)
     assert first.tokens.shape == (3, 7)
     np.testing.assert_array_equal(first.tokens[:, 1:], first.targets[:, :-1])

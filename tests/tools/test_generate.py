@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import sharding
 from llm_jax.data.examples import Message
 from llm_jax.data.templates import TEMPLATES
 from llm_jax.data.tokenizer_base import ByteTokenizer
@@ -16,6 +15,7 @@ from llm_jax.errors import UserError
 from llm_jax.generation.generate import document_prompt, document_stop_ids, generate_texts
 from llm_jax.generation.proxy import Part, weighted
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import MeshConfig
 from llm_jax.models.heads import REWARD
 from llm_jax.runs import load_run
 from tools.cli import run_tool
@@ -88,7 +88,7 @@ def test_a_run_is_loaded_at_its_newest_checkpoint_or_the_one_named(
 
 
 def test_a_run_is_loaded_onto_the_mesh_that_is_asked_for(workdir):
-    run = load_run(str(workdir), sharding.MeshConfig(data=1, fsdp=-1))
+    run = load_run(str(workdir), MeshConfig(data=1, fsdp=-1))
     table = run.params["embedding"]
     assert table.sharding.shard_shape(table.shape) == (320, 2)
 

@@ -6,10 +6,10 @@ import pytest
 
 from llm_jax import checkpoint
 from llm_jax.config import resolved
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.runs import load_run
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.stored import Base, at
 from llm_jax.weights import fingerprint, init_trained
 from tools import merge

@@ -21,12 +21,13 @@ from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
 from llm_jax.data.prompts import PromptDataConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import MetricsConfig, read_metrics_file
 from llm_jax.models.config import ModelConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.rewards import RewardTerm
 from llm_jax.rl.rollouts import RolloutConfig
-from llm_jax.sharding import MeshConfig, make_mesh, unbox
+from llm_jax.sharding import unbox
 from llm_jax.trainers import TRAINERS
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.on_policy import OnPolicyEvaluationConfig

@@ -13,11 +13,11 @@ from llm_jax.data.chat_corpus import ChatDataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.objectives.distill import LossConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig
 from llm_jax.stored import find
 from llm_jax.trainers.sft import SFTEvaluationConfig
 from llm_jax.trainers.teacher import TeacherConfig

@@ -15,11 +15,11 @@ from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.preferences import PreferenceDataConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.objectives.dpo import VARIANTS, LossConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.step import StepConfig
 from llm_jax.trainers.reference import Reference
 

@@ -8,13 +8,13 @@ import pytest
 
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig
 from llm_jax.models import lora
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.quantize import Quantized
 from llm_jax.optim import OptimizerConfig
 from llm_jax.runs import load_run
-from llm_jax.sharding import MeshConfig
 from llm_jax.trainers import origin
 
 ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)

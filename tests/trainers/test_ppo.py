@@ -13,6 +13,7 @@ from llm_jax.data.corpus import Corpus
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import LanguageModel
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import values
@@ -23,7 +24,6 @@ from llm_jax.optim import OptimizerConfig
 from llm_jax.rl.advantages import KLConfig
 from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.runs import load_run
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.step import StepConfig
 from llm_jax.trainers import ppo as stage
 from llm_jax.trainers.critic import CriticConfig

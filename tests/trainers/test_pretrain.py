@@ -14,11 +14,11 @@ from llm_jax.data.needle import NeedleConfig
 from llm_jax.data.phases import GateConfig, PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import read_metrics_file
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.trainers import pretrain
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import checkpoint, sharding, weights
+from llm_jax import checkpoint, weights
 from llm_jax.interop.families import FAMILIES
 from llm_jax.interop.mapping import leaves_of
 from llm_jax.interop.pieces import Leaf
 from llm_jax.interop.safetensors_files import TensorFolder, write_folder
 from llm_jax.interop.tensors import check, deferred, load, tensor_shapes
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import ModelConfig
 from llm_jax.models.size import parameter_count
-from llm_jax.sharding import MeshConfig
 from tools.bench.protocol import Note, peak_resident_bytes, reset_peak, resident_bytes, serve
 
 ROWS = 4096  # of a tensor that are made at a time
@@ -57,7 +57,7 @@ def convert(note: Note, folder: str, megabytes: int, files: int, dtype: str) -> 
 def load_sharded(note: Note, folder: str, megabytes: int, files: int, dtype: str) -> dict[str, Any]:
     """Peak of loading, split over all devices, beside the arrays themselves."""
     model, leaves = _model(megabytes), _leaves(megabytes)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     boxed = jax.eval_shape(lambda rng: weights.init_weights(model, (), rng), jax.random.key(0))
     abstract = weights.abstract(mesh, boxed)
     before = _start()

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from llm_jax import sharding
 from llm_jax.config import build
 from llm_jax.data.corpus import MAIN
 from llm_jax.data.phases import Phase, plan
 from llm_jax.errors import UserError
 from llm_jax.main import parse
+from llm_jax.mesh import make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
 from llm_jax.models.size import flops_per_token, parameter_count
@@ -44,7 +44,7 @@ class _Training:
         del note
         settings = read_config(config, overrides)
         model_config, planned = _model_and_phase(settings, phase)
-        mesh = sharding.make_mesh(settings.mesh)
+        mesh = make_mesh(settings.mesh)
         jax.set_mesh(mesh)
         model = LanguageModel(model_config)
         shape = (planned.batch, planned.length)

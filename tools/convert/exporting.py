@@ -12,6 +12,7 @@ from __future__ import annotations
 from absl import flags
 
 from llm_jax.errors import UserError
+from llm_jax.mesh import MeshConfig, make_mesh
 
 DTYPES = ("float32", "bfloat16", "float16")
 GIB = 1024**3
@@ -37,13 +38,12 @@ def define_flags() -> flags.FlagValues:
 def main(values: flags.FlagValues) -> None:
     if not values.workdir or not values.hf:
         raise UserError("--workdir=RUN and --hf=DIR are both needed.")
-    from llm_jax import sharding
     from llm_jax.interop.adapters import export_adapters
     from llm_jax.interop.exporter import export_run
     from llm_jax.stored import find
 
     stored = find(values.workdir)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = make_mesh(MeshConfig())
     if values.adapters:
         export_adapters(stored, mesh, values.hf, values.dtype or "float32")
     else:

@@ -15,8 +15,8 @@ from absl import flags
 from llm_jax.errors import UserError, did_you_mean
 
 if typing.TYPE_CHECKING:
+    from llm_jax.mesh import MeshConfig
     from llm_jax.models import ModelConfig
-    from llm_jax.sharding import MeshConfig
 
 
 def define_flags() -> flags.FlagValues:
@@ -62,7 +62,7 @@ def _preset(name: str) -> ModelConfig:
 
 
 def _mesh(text: str) -> MeshConfig:
-    from llm_jax.sharding import MeshConfig
+    from llm_jax.mesh import MeshConfig
 
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = dict.fromkeys(names, 1)

@@ -1,0 +1,65 @@
+"""The device mesh: its axes, and how many devices stand along each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from llm_jax.errors import UserError
+
+# The closest devices last: tensor and context exchange activations in every layer, stage only what
+# passes from one group of layers to the next.
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+
+    data: int = -1  # copies of the model, each with its part of the batch
+    fsdp: int = 1  # parts of every parameter, and of the batch
+    tensor: int = 1  # parts of heads, MLPs and vocabulary
+    expert: int = 1  # of a mixture of experts; one more axis of the batch for all else
+    context: int = 1  # parts of every row
+    stage: int = 1  # groups of layers, one after another: a pipeline
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh with axes `MESH_AXES`.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"config.mesh={sizes}: sizes are positive, and at most one may be -1.")
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise UserError(
+            f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit "
+            f"{len(devices)} devices: make the sizes multiply to {len(devices)}, or set one to -1."
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh of devices that need not exist, to plan for; an axis of -1 has size 1.
+
+    Raises:
+      UserError: a size that is not positive.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"config.mesh={sizes}: sizes are positive.")
+    return AbstractMesh(
+        tuple(max(1, size) for size in sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes)
+    )

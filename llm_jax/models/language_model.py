@@ -1,0 +1,107 @@
+"""`LanguageModel`: the transformer as pure functions, the face it shows to everything outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.errors import UserError
+from llm_jax.models.attention import choose_backend
+from llm_jax.models.cache import KVCache, init_cache
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.moe import Routing
+from llm_jax.models.product import product, turned
+from llm_jax.models.transformer import Transformer
+
+
+class LanguageModel:
+    """The transformer without flax: pure functions of a plain tree of float32 parameters.
+
+    Raises:
+      UserError: no vocabulary size, or an attention backend that cannot do what the config asks.
+    """
+
+    def __init__(self, config: ModelConfig, platform: str | None = None):
+        """`platform` ("cpu", "gpu", "tpu") is what it will run on; None = JAX's default."""
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is not set: give it, or take the tokenizer's.")
+        self.config = config
+        self.backend = choose_backend(config, platform or jax.default_backend())
+        self._module = Transformer(config, self.backend)
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.config.vocab_size is not None
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row at most, prompt and continuation together."""
+        return self.config.max_length
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache with room for `length` tokens a row."""
+        return init_cache(self.config, batch, length)
+
+    def init(self, rng: jax.Array) -> Any:
+        """Random parameters in `sharding.Named` boxes that hold their logical axes."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self._module.init(rng, tokens, None, None, None)["params"]
+
+    def apply(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm, [batch, time, embed] in the computation dtype.
+
+        Args:
+          tokens: int32 [batch, time], all below the vocabulary size.
+          positions: int32 [batch, time]; None counts on from the cache's lengths, or from 0.
+          segment_ids: int32 [batch, time], 0 for padding; None = one segment a row.
+          rng: switches dropout, and the noise of NEFTune, on.
+          cache: keys and values of earlier tokens, which these follow; see `KVCache`. Prefill and
+            decoding are the same call with many tokens or one.
+        """
+        hidden, cache, _ = self.apply_with_routing(
+            params, tokens, positions, segment_ids, rng=rng, cache=cache
+        )
+        return hidden, cache
+
+    def apply_with_routing(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
+        """`apply`, and which experts the tokens took, summed over layers; None without experts."""
+        rngs = None if rng is None else {"dropout": rng}
+        result: Any = self._module.apply(
+            {"params": params}, tokens, positions, segment_ids, cache, rngs=rngs
+        )
+        return result
+
+    def output_kernel(self, params: Any) -> jax.Array:
+        """The output projection, float32 [embed, vocab]."""
+        return turned(params["embedding"]) if self.config.tie_embeddings else params["output"]
+
+    def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""
+        logits = product(hidden, kernel, self.config.dtype)
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [batch, time, vocab] of the hidden states that `apply` returns."""
+        return self.project(hidden, self.output_kernel(params))
