@@ -28,6 +28,27 @@ class MeshConfig:
     stage: int = 1  # groups of layers, one after another: a pipeline
 
 
+def resolve(config: MeshConfig, devices: int) -> MeshConfig:
+    """The config with "the rest" in numbers.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"config.mesh={list(sizes.values())}: sizes are positive, and at most one may be -1."
+        )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if devices % known or (not rest and known != devices):
+        raise UserError(
+            f"config.mesh {sizes} does not fit "
+            f"{devices} devices: make the sizes multiply to {devices}, or set one to -1."
+        )
+    return dataclasses.replace(config, **dict.fromkeys(rest, devices // known))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh with axes `MESH_AXES`.
 
@@ -35,20 +56,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh={sizes}: sizes are positive, and at most one may be -1.")
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise UserError(
-            f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit "
-            f"{len(devices)} devices: make the sizes multiply to {len(devices)}, or set one to -1."
-        )
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    config = resolve(config, len(devices))
+    sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
     # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -4,53 +4,19 @@ from __future__ import annotations
 
 import collections
 import math
-import re
 import time
 from collections.abc import Callable
 
 import jax
 
+from llm_jax.scaling.hardware import chip_of_kind
+
 WINDOW_STEPS = 50  # that the current speed is taken over
-
-# Peak dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. TPU v2, v3 and v7x
-# show their two cores as two devices, so these have half a chip each.
-TPU_PEAKS = {
-    "TPU v2": 46e12 / 2,
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-}
-# By words of the device's name, the more special first.
-GPU_PEAKS = {
-    "A10": 125e12,
-    "A10G": 70e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-}
-
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak dense bfloat16 FLOP/s of a device; None where it is not known, as for every CPU."""
-    kind = device.device_kind
-    if kind in TPU_PEAKS:
-        return TPU_PEAKS[kind]
-    words = set(re.split(r"[\s-]+", kind))
-    return next((peak for name, peak in GPU_PEAKS.items() if words >= set(name.split())), None)
+    chip = chip_of_kind(device.device_kind)
+    return None if chip is None else chip.device_flops
 
 
 class Throughput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -62,11 +63,6 @@ class Plan:
         return 4 * sum(parameter.chip_values for parameter in self.parameters)
 
     @property
-    def training_bytes(self) -> int:
-        """A chip's parameters and both moments of AdamW, without gradients and activations."""
-        return 3 * self.float32_bytes
-
-    @property
     def bfloat16_bytes(self) -> int:
         """A chip's share of a copy to compute or serve with."""
         return self.float32_bytes // 2
@@ -96,7 +92,6 @@ class Plan:
         where = f"{self.chips} chips ({axes})" if axes else "one chip"
         totals = {
             "float32 parameters": self.float32_bytes,
-            "training state with AdamW, without gradients and activations": self.training_bytes,
             "a bfloat16 copy": self.bfloat16_bytes,
         }
         return "\n".join([
@@ -119,7 +114,7 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
       UserError: the mesh does not divide the model, or leaves too much of it replicated.
     """
     abstract_mesh = make_abstract_mesh(mesh)
-    boxed = jax.eval_shape(lambda rng: init_weights(model, (), rng), jax.random.key(0))
+    boxed = _boxed(model)
     shardings = sharding.parameter_shardings(abstract_mesh, boxed)
     counted: dict[PlannedParameter, int] = {}
     leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(boxed))
@@ -131,3 +126,9 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
         mesh=dict(abstract_mesh.shape),
         parameters=tuple(dataclasses.replace(p, count=n) for p, n in counted.items()),
     )
+
+
+@functools.lru_cache(maxsize=128)
+def _boxed(model: ModelConfig) -> Any:
+    """The parameters' shapes in their boxes; many meshes may be planned for one model."""
+    return jax.eval_shape(lambda rng: init_weights(model, (), rng), jax.random.key(0))

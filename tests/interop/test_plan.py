@@ -27,7 +27,7 @@ def test_a_plan_agrees_with_the_arrays(mesh, scan_layers):
     )(jax.random.key(0))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(made))
     assert planned.float32_bytes == held
-    assert planned.training_bytes == 3 * held and planned.bfloat16_bytes == held / 2
+    assert planned.bfloat16_bytes == held / 2
     assert planned.values == parameter_count(model)
     assert planned.chips == 8
 

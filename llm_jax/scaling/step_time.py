@@ -1,0 +1,138 @@
+"""How long a train step computes, and how long its links are busy, on paper.
+
+The transfers are those of "How to Scale Your Model" (Austin et al. 2025,
+jax-ml.github.io/scaling-book/training), in bytes over the rate of the links they take. Gathering
+parameters and reducing gradients go on behind the arithmetic; what tensor, context and expert axes
+send stands in its way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+
+from llm_jax.mesh import MESH_AXES, MeshConfig
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.layers import GATED
+from llm_jax.models.size import flops_per_token, parameter_count
+from llm_jax.scaling.presets import Cluster
+
+GRADIENT_WIDTH = 4  # bytes of a gradient while it is reduced
+# A transfer forward has one of its size for each of the two gradients' products, and one more where
+# the forward pass is done again.
+PASSES = {"none": 3, "dots": 3, "dots_no_batch": 3, "full": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step. links: by mesh axis. bubble: the share that pipeline stages wait."""
+
+    arithmetic: float
+    links: dict[str, float]
+    bubble: float
+
+    @property
+    def hidden(self) -> float:
+        """Of the links, what goes on behind the arithmetic."""
+        return self.links["fsdp"] + self.links["data"]
+
+    @property
+    def exposed(self) -> float:
+        """Of the links, what stands in the arithmetic's way."""
+        return sum(self.links.values()) - self.hidden
+
+    @property
+    def total(self) -> float:
+        return (max(self.arithmetic, self.hidden) + self.exposed) / (1 - self.bubble)
+
+
+def step_time(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    cluster: Cluster,
+    *,
+    length: int,
+    batch: int,
+    micro_batches: int = 1,
+) -> StepTime:
+    """The time of a step at the chips' peaks: the least that it can take.
+
+    Args:
+      mesh: without -1, of all devices of the cluster.
+      length: tokens a row. batch: rows of the global batch.
+      micro_batches: into which every batch shard's rows are cut.
+    """
+    width = jnp.dtype(model.dtype).itemsize
+    tokens = batch * length / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
+    layers = model.num_layers / mesh.stage
+    passes = PASSES[model.remat]
+    rate = functools.partial(link_rate, mesh=mesh, cluster=cluster)
+    dense, experts = _parameters(model)
+    parameters = (dense + experts / mesh.expert) / (mesh.tensor * mesh.stage)
+
+    gathered = (2 * width + GRADIENT_WIDTH) * parameters * micro_batches
+    reduced = 2 * GRADIENT_WIDTH * parameters / mesh.fsdp
+    residual = width * tokens * model.embed_dim  # bytes
+    keys = width * tokens * 2 * model.kv_heads * model.resolved_head_dim / mesh.tensor
+    moved = {
+        "fsdp": gathered * _others(mesh.fsdp),
+        "data": reduced * _others(mesh.data),
+        # In and out of attention and of the MLP.
+        "tensor": passes * layers * 4 * residual * _others(mesh.tensor),
+        "context": passes * layers * keys * (mesh.context - 1) + reduced * _others(mesh.context),
+        # Every shard meets the tokens of all, and gives back its part of their sums.
+        "expert": passes * layers * (1 + 4 / width) * residual * (mesh.expert - 1)
+        + 2 * GRADIENT_WIDTH * dense / (mesh.tensor * mesh.stage * mesh.fsdp) * _others(mesh.expert),
+        "stage": passes * residual * (mesh.stage > 1),
+    }  # fmt: skip
+    return StepTime(
+        arithmetic=flops_per_token(model, length) * batch * length
+        / (cluster.devices * cluster.chip.device_flops),
+        links={axis: moved[axis] / rate(axis) for axis in MESH_AXES},
+        bubble=(mesh.stage - 1) / (micro_batches * mesh.stage + mesh.stage - 1),
+    )  # fmt: skip
+
+
+def link_rate(axis: str, mesh: MeshConfig, cluster: Cluster) -> float:
+    """Bytes/s that a device sends along a mesh axis.
+
+    Axes lie as in `MESH_AXES`, the last on the closest devices. Those of one slice share the axes
+    of its torus: tensor and context have one each, fsdp what is left.
+    """
+    chip = cluster.chip
+    if crosses_slices(axis, mesh, cluster):
+        assert chip.network is not None
+        return chip.network / chip.devices
+    axes = len(cluster.torus) or 1
+    if axis == "fsdp":
+        taken = sum(getattr(mesh, other) > 1 for other in ("expert", "context", "tensor"))
+        axes = max(1, axes - taken)
+    else:
+        axes = 1
+    return axes * chip.axis_bandwidth / chip.devices
+
+
+def crosses_slices(axis: str, mesh: MeshConfig, cluster: Cluster) -> bool:
+    """Whether the devices along a mesh axis lie in several slices or nodes."""
+    inner = MESH_AXES[MESH_AXES.index(axis) :]
+    devices = math.prod(getattr(mesh, other) for other in inner)
+    return getattr(mesh, axis) > 1 and devices > cluster.slice_chips * cluster.chip.devices
+
+
+def _others(size: int) -> float:
+    """The share of an array that comes from the other devices of an axis."""
+    return (size - 1) / size
+
+
+@functools.lru_cache(maxsize=128)
+def _parameters(model: ModelConfig) -> tuple[int, int]:
+    """All parameters but the experts', and theirs."""
+    count = parameter_count(model)
+    if model.moe is None:
+        return count, 0
+    weights = (3 if model.mlp in GATED else 2) * model.embed_dim * model.mlp_dim
+    experts = model.num_layers * model.moe.num_experts * weights
+    return count - experts, experts
