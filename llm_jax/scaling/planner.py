@@ -126,7 +126,7 @@ def _search(job: Job, cluster: Cluster) -> MeshPlan | float | None:
         memory = training_memory(
             job.model, job.optimizer, mesh, length=job.length, batch=job.batch,
             micro_batches=micro_batches, chunk=job.chunk,
-            platform="tpu" if cluster.chip.torus else "gpu",
+            platform=cluster.platform,
         )  # fmt: skip
         if memory.peak <= limit:
             return MeshPlan(job, cluster, mesh, micro_batches, memory, time)
