@@ -28,7 +28,7 @@ from llm_jax.models.size import active_parameter_count
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.scaling.divisibility import check_mesh
-from llm_jax.scaling.planner import Job, plan_mesh
+from llm_jax.scaling.planner import Job, plan_and_tell
 from llm_jax.scaling.presets import find_cluster
 from llm_jax.trainers.base import SampleConfig
 from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig, asked_model
@@ -56,17 +56,16 @@ def _of_size(size):
 
 
 def _lay_out(config, cluster):
-    """Sets the mesh, and how a batch is cut, for the cluster; the phase of the longest rows decides."""
+    """Sets the mesh, and how batches are cut, for a cluster; the longest rows decide."""
     settings = build(PretrainConfig, config)
     model = asked_model(settings)
     longest = max(settings.phases, key=lambda phase: phase.length)
     job = Job(model, longest.length, longest.batch, settings.optimizer, settings.loss.chunk)
-    found = plan_mesh(job, cluster)
+    found = plan_and_tell(job, cluster)
     for phase in settings.phases:
         check_mesh(model, found.mesh, phase.length, phase.batch)
     config.mesh = defaults(MeshConfig, **dataclasses.asdict(found.mesh))
     config.step.micro_batch_tokens = found.micro_batch_tokens
-    print("\n".join(found.reasons()))
 
 
 def _default():

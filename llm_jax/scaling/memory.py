@@ -117,14 +117,15 @@ def optimizer_bytes(planned: Plan, optimizer: OptimizerConfig) -> Bytes:
     first_width = jnp.dtype(optimizer.mu_dtype).itemsize
     values = sum(p.chip_values for p in planned.parameters)
     muon = sum(p.chip_values for p in planned.parameters if _is_muon_kernel(p))
-    found: Bytes = {
+    by_name: dict[str, Bytes] = {
         "adamw": {"first moment": first_width * values, "second moment": 4 * values},
         "lion": {"first moment": first_width * values},
         "muon": {"first moment": first_width * values, "second moment": 4 * (values - muon)},
         "adafactor": {"second moment": sum(map(_factored_bytes, planned.parameters))},
-    }[optimizer.name]
+    }
+    found = by_name[optimizer.name]
     if optimizer.ema_decay is not None:
-        found = {**found, "average of the parameters": 4 * values}
+        found["average of the parameters"] = 4 * values
     return found
 
 
@@ -168,13 +169,13 @@ def _points(
     layers = functools.partial(
         _kept_of_layer, mesh=mesh, tokens=tokens, length=length, platform=platform
     )
-    saved = {"saved activations": model.num_layers * layers(model)}
+    saved: Bytes = {"saved activations": model.num_layers * layers(model)}
     hidden = tokens * model.embed_dim / mesh.tensor  # values
     held = tokens if chunk is None else tokens * min(1, chunk / length)
-    # Where parameters are split, the product needs them whole, and their gradient is whole at first.
+    # Where parameters are split, a product needs them whole, and their gradient is whole at first.
     gathered = width + 4 if mesh.fsdp > 1 else 0
     output = model.vocab_size * model.embed_dim / mesh.tensor
-    layer = {
+    layer: Bytes = {
         "one layer's activations": layers(dataclasses.replace(model, remat="none")),
         "hidden states": 2 * width * hidden,
     }

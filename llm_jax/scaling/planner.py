@@ -9,6 +9,7 @@ torus; between slices of TPUs go only gradients (data) or activations of whole s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -118,6 +119,15 @@ def plan_mesh(job: Job, cluster: Cluster) -> MeshPlan:
     )
 
 
+@functools.cache
+def plan_and_tell(job: Job, cluster: Cluster) -> MeshPlan:
+    """`plan_mesh` for config files, with its reasons on stdout: once, however often the file is
+    read."""
+    found = plan_mesh(job, cluster)
+    print("\n".join(found.reasons()))
+    return found
+
+
 def _search(job: Job, cluster: Cluster) -> MeshPlan | float | None:
     """The best plan; else the least bytes that any mesh takes; None where none divides."""
     limit = MEMORY_SHARE * cluster.chip.device_usable
@@ -191,9 +201,9 @@ def _smallest_that_fits(job: Job, cluster: Cluster) -> Cluster | None:
     """The smallest cluster of the same chips, larger than this one, that has room for the job."""
     for name in cluster_names():
         larger = find_cluster(name)
-        if larger.chip == cluster.chip and larger.chips > cluster.chips:
-            if isinstance(_search(job, larger), MeshPlan):
-                return larger
+        is_larger = larger.chip == cluster.chip and larger.chips > cluster.chips
+        if is_larger and isinstance(_search(job, larger), MeshPlan):
+            return larger
     return None
 
 
@@ -213,8 +223,8 @@ def _reason(axis: str, found: MeshPlan) -> str:
     if axis == "fsdp":
         busy = "less" if found.time.hidden <= found.time.arithmetic else "more"
         return (
-            f"fsdp {size}: every device keeps 1/{size} of parameters and optimiser state; gathering "
-            f"them {where} takes {seconds}, {busy} than the arithmetic"
+            f"fsdp {size}: every device keeps 1/{size} of parameters and optimiser state; "
+            f"gathering them {where} takes {seconds}, {busy} than the arithmetic"
         )
     if axis == "tensor":
         return (
@@ -223,8 +233,9 @@ def _reason(axis: str, found: MeshPlan) -> str:
         )
     if axis == "context":
         return (
-            f"context {size}: rows of {job.length:,} tokens are cut, as {job.batch} rows do not "
-            f"fill {found.cluster.devices} devices or do not fit; sends keys and values for {seconds}"
+            f"context {size}: rows of {job.length:,} tokens are cut, as {job.batch} of them do not "
+            f"fill {found.cluster.devices} devices, or do not fit; sends keys and values for "
+            f"{seconds}"
         )
     if axis == "expert":
         assert job.model.moe is not None

@@ -1,8 +1,8 @@
 """Clusters by name: TPU slices as Google Cloud names them, and GPUs by their number.
 
-    v5e-16, v6e-256     so many chips        v4-128, v5p-128, tpu7x-128   so many TensorCores,
-    h100x8, h100x64     so many GPUs                                      two to a chip
-    4xv5e-256           four slices, joined by the data centre's network
+v5e-16, v6e-256     so many chips        v4-128, v5p-128, tpu7x-128   so many TensorCores,
+h100x8, h100x64     so many GPUs                                      two to a chip
+4xv5e-256           four slices, joined by the data centre's network
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ def _shapes(chip: Chip) -> dict[int, str]:
 
 
 def _suggestion(name: str) -> str:
-    """The nearest names: of the same chip, the sizes that it has."""
-    family = re.match(r"(?:\d+x)?([a-z0-9]+?)(?:-|x)\d+$", name)
-    own = [n for n in cluster_names() if family and n.startswith((f"{family[1]}-", f"{family[1]}x"))]
+    """The sizes that there are of the chip that is named, or the nearest name."""
+    names = cluster_names()
+    match = re.fullmatch(r"(?:\d+x)?(.+?)[-x]\d+", name)
+    own = [n for n in names if match and re.fullmatch(rf"{re.escape(match[1])}[-x]\d+", n)]
     if own:
         return f" Known: {', '.join(own)}."
-    return did_you_mean(name, cluster_names()) or " Examples: v5e-16, v5p-128, 4xv5e-256, h100x64."
+    return did_you_mean(name, names) or " Examples: v5e-16, v5p-128, 4xv5e-256, h100x64."

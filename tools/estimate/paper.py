@@ -104,8 +104,9 @@ def _training(
             f"{hours:,.0f} of {cluster.chip.name} at {utilisation:.0%} of its peak"),
         Row("days", days / SECONDS_A_DAY, f"{days / SECONDS_A_DAY:,.1f} on {cluster.chips} chips"),
         Row("reading lifetimes", lifetimes,
-            f"{lifetimes:,.1f}, each {paper.READING_YEARS} years, {paper.READING_HOURS_A_DAY} hours "
-            f"a day, {paper.WORDS_A_MINUTE} words a minute, {paper.TOKENS_A_WORD:.2f} tokens a word"),
+            f"{lifetimes:,.1f}, each {paper.READING_YEARS} years of {paper.READING_HOURS_A_DAY} "
+            f"hours a day, at {paper.WORDS_A_MINUTE} words a minute of "
+            f"{paper.TOKENS_A_WORD:.2f} tokens"),
     ]  # fmt: skip
     if active != parameters:
         rows.insert(1, Row("active parameters", active, f"{active:,}, which N counts"))
@@ -163,9 +164,10 @@ def _generation(job: Job) -> list[Row]:
     from llm_jax.scaling.memory import WeightKind, cache_bytes, weight_bytes, windowed_cache_bytes
 
     rows = [_bytes(f"weights in {k}", weight_bytes(job.model, k)) for k in get_args(WeightKind)]
-    rows.append(_bytes(f"cache of a row of {job.length:,}", cache_bytes(job.model, 1, job.length)))
+    whole = cache_bytes(job.model, 1, job.length)
+    rows.append(_bytes(f"cache of a row of {job.length:,}", whole))
     windowed = windowed_cache_bytes(job.model, 1, job.length)
-    if windowed < rows[-1].value:
+    if windowed < whole:
         rows.append(_bytes("of which windows see", windowed))
     return rows
 

@@ -10,7 +10,6 @@ configs/pretrain.py do it: `:size=llama2-7b,mesh=v5e-16`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from absl import flags
