@@ -196,8 +196,13 @@ def _points(
 
 def _layer_values(planned: Plan, model: ModelConfig, mesh: MeshConfig) -> float:
     """Parameters of one layer on a device, were they not split over the fsdp axis."""
-    stacked = [p for p in planned.parameters if p.name.startswith("layer")]
-    return sum(p.chip_values for p in stacked) * mesh.fsdp * mesh.stage / model.num_layers
+
+    def gathered(parameter: PlannedParameter) -> int:
+        ways = (getattr(mesh, axis) for axis in ("fsdp", "stage") if axis in parameter.spec)
+        return parameter.chip_values * math.prod(ways)
+
+    layers = (p for p in planned.parameters if p.name.startswith("layer"))
+    return sum(map(gathered, layers)) / model.num_layers
 
 
 def _kept_of_layer(

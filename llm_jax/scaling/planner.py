@@ -94,24 +94,24 @@ def plan_mesh(job: Job, cluster: Cluster) -> MeshPlan:
     """The mesh for a job on a cluster.
 
     Raises:
-      UserError: no mesh divides the model and the batch, or none fits the memory; then with the
+      UserError: no mesh divides the model and the batch, or none fits the memory; then it names the
         smallest cluster of the same chips that would do, if there is one.
     """
     found = _search(job, cluster)
     if isinstance(found, MeshPlan):
         return found
+    name = f"a model of {parameter_count(job.model):,} parameters"
+    if found is None:
+        raise UserError(
+            f"no mesh of {cluster.name} divides {name} and a batch of {job.batch} rows of "
+            f"{job.length:,}: make the batch a multiple of {cluster.devices}, or take fewer chips."
+        )
     larger = _smallest_that_fits(job, cluster)
     would = (
         f"{larger.name} ({larger.chips} chips) is the smallest that does"
         if larger
         else "no larger one does either: shorten the rows, or take chips with more memory"
     )
-    name = f"a model of {parameter_count(job.model):,} parameters"
-    if found is None:
-        raise UserError(
-            f"no mesh of {cluster.name} divides {name} and a batch of {job.batch} rows of "
-            f"{job.length:,}; {would}."
-        )
     raise UserError(
         f"{name} does not fit {cluster.name} with {job.batch} rows of {job.length:,}: it takes "
         f"at least {found / GIB:.1f} of {MEMORY_SHARE * cluster.chip.device_usable / GIB:.1f} GiB "

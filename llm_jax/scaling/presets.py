@@ -83,6 +83,11 @@ def find_cluster(name: str) -> Cluster:
                 f"{name} leaves a node of {chip.node} chips in part: take "
                 f"{chip.name}x{(nodes - 1) * chip.node} or {chip.name}x{nodes * chip.node}."
             )
+        if nodes > 1 and chip.network is None:
+            raise UserError(
+                f"{name}: no network between nodes of {chip.name} is published: take at most "
+                f"{chip.name}x{chip.node}."
+            )
         return Cluster(name, chip, chips, nodes)
     raise UserError(f"there is no cluster {name!r}.{_suggestion(name)}")
 
@@ -110,7 +115,7 @@ def cluster_names() -> list[str]:
         f"{chip.name}x{chip.node * 2**power}"
         for chip in CHIPS.values()
         if not chip.torus
-        for power in range(8)
+        for power in range(1 if chip.network is None else 8)
     ]
     return slices + nodes
 

@@ -83,6 +83,7 @@ def test_every_name_is_found_and_every_topology_has_its_chips():
     ("v5p-9", "Known: v5p-8, v5p-16"),
     ("v5e16", "Did you mean 'v5e-16'"),
     ("h100x12", "take h100x8 or h100x16"),
+    ("l4x16", "take at most l4x8"),
     ("h100x0", "Known: h100x8"),
     ("0xv5e-16", "no cluster"),
     ("abacus", "Examples: v5e-16"),

@@ -2,6 +2,7 @@
 what is kept by hand, and everything against what XLA allocates."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -44,13 +45,18 @@ OPTIMIZERS = {
 # --- state ----------------------------------------------------------------------------------------
 
 
+@functools.cache
+def shapes(model, optimizer):
+    boxed = jax.eval_shape(LanguageModel(model).init, jax.random.key(0))
+    params = sharding.unbox(boxed)
+    return boxed, params, jax.eval_shape(optim.make_optimizer(optimizer, params).init, params)
+
+
 def exact_state_bytes(model, optimizer, mesh):
     """Of every device, by shapes under the sharding rules: parameters, optimiser state."""
     abstract_mesh = make_abstract_mesh(mesh)
-    boxed = jax.eval_shape(LanguageModel(model).init, jax.random.key(0))
+    boxed, params, opt_state = shapes(model, optimizer)
     shardings = sharding.parameter_shardings(abstract_mesh, boxed)
-    params = sharding.unbox(boxed)
-    opt_state = jax.eval_shape(optim.make_optimizer(optimizer, params).init, params)
     where = sharding.tree_shardings(abstract_mesh, params, shardings, opt_state)
 
     def held(tree, shardings):
