@@ -36,6 +36,7 @@ CASES = (
     "model.remat=full,model.num_kv_heads=1,model.mlp=gelu",
     "model.remat=full,optimizer.mu_dtype=bfloat16,optimizer.ema_decay=0.99",
     "model.remat=full,step.micro_batch_tokens=512",
+    "model.remat=full,model.embed_dim=640,model.num_heads=10,model.mlp_dim=1728",
 )
 
 
