@@ -8,12 +8,15 @@ The corpus is the text of the Python installation itself: language reference, do
 of the standard library. Other sizes are the presets of llm_jax/models/presets.py, by name:
 `size=125m`, `size=llama3.1-8b`, ...; they train on 20 tokens a parameter, of mixtures of experts a
 parameter that a token meets.
+
+`mesh=v5e-16`, `mesh=h100x64`, ... lays the model out over a cluster of llm_jax/scaling/presets.py,
+and says why so: `--config=configs/pretrain.py:size=llama2-7b,mesh=v5e-16`.
 """
 
 import dataclasses
 
 from llm_jax.checkpoint import CheckpointConfig
-from llm_jax.config import defaults, parse_argument
+from llm_jax.config import build, defaults, parse_argument
 from llm_jax.data.corpus import DataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
@@ -24,15 +27,25 @@ from llm_jax.models.presets import PRESETS
 from llm_jax.models.size import active_parameter_count
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
+from llm_jax.scaling.divisibility import check_mesh
+from llm_jax.scaling.planner import Job, plan_and_tell
+from llm_jax.scaling.presets import find_cluster
 from llm_jax.trainers.base import SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig, asked_model
 
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
 TOKENS_A_STEP = 2**19
 
 
 def get_config(argument=None):
-    size = parse_argument(argument, size="default")["size"]
+    values = parse_argument(argument, size="default", mesh="")
+    config = _of_size(values["size"])
+    if values["mesh"]:
+        _lay_out(config, find_cluster(values["mesh"]))
+    return config
+
+
+def _of_size(size):
     if size == "default":
         return _default()
     if size == "tiny":
@@ -40,6 +53,19 @@ def get_config(argument=None):
     if size not in PRESETS:
         raise UserError(f"size={size!r} is unknown.{did_you_mean(size, ['default', *PRESETS])}")
     return _preset(PRESETS[size])
+
+
+def _lay_out(config, cluster):
+    """Sets the mesh, and how batches are cut, for a cluster; the longest rows decide."""
+    settings = build(PretrainConfig, config)
+    model = asked_model(settings)
+    longest = max(settings.phases, key=lambda phase: phase.length)
+    job = Job(model, longest.length, longest.batch, settings.optimizer, settings.loss.chunk)
+    found = plan_and_tell(job, cluster)
+    for phase in settings.phases:
+        check_mesh(model, found.mesh, phase.length, phase.batch)
+    config.mesh = defaults(MeshConfig, **dataclasses.asdict(found.mesh))
+    config.step.micro_batch_tokens = found.micro_batch_tokens
 
 
 def _default():

@@ -67,9 +67,14 @@ def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> in
     limit = config.micro_batch_tokens
     if limit is None and mesh.devices.flat[0].platform == "cpu":
         limit = CPU_MICRO_BATCH_TOKENS
+    return fewest_parts(batch // shards, length, limit)
+
+
+def fewest_parts(rows: int, length: int, limit: int | None) -> int:
+    """Into how many equal parts `rows` rows of `length` tokens are cut, so that none has more than
+    `limit` tokens; into single rows where these have more."""
     if limit is None:
         return 1
-    rows = batch // shards
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * length <= limit]
     return fitting[0] if fitting else rows
 

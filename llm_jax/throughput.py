@@ -13,6 +13,7 @@ from llm_jax.scaling.hardware import chip_of_kind
 
 WINDOW_STEPS = 50  # that the current speed is taken over
 
+
 def peak_flops(device: jax.Device) -> float | None:
     """Peak dense bfloat16 FLOP/s of a device; None where it is not known, as for every CPU."""
     chip = chip_of_kind(device.device_kind)

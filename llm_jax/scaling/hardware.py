@@ -31,8 +31,8 @@ class Chip:
     link: bytes/s of a link to a neighbour of the torus; of all NVLinks together on a GPU; of PCIe
       where it has none.
     torus: dimensions of the torus, in each of which a chip has two links; 0: a switch.
-    network: bytes/s of a chip's share of the network between slices, or between nodes; None where
-      it is not published.
+    network: bytes/s of a chip's share of the network between slices, or between nodes of NVIDIA's
+      own servers; None where it is not published.
     node: chips of a host. slice: chips that the fast links can join.
     devices: that JAX sees of a chip, each with its part of everything.
     kinds: `device_kind`s of JAX: whole ones of TPUs, words that a GPU's has among others.
@@ -90,7 +90,7 @@ def _tpu(
 
 def _gpu(
     name: str, flops: float, flops_8bit: float, gigabytes: float, memory_bandwidth: float,
-    link: float, network: float, node: int, *kinds: str,
+    link: float, network: float | None, node: int, *kinds: str,
 ) -> Chip:  # fmt: skip
     memory = gigabytes * 1e9
     return Chip(name, flops, flops_8bit, memory, GPU_MEMORY_SHARE * memory, memory_bandwidth, link,
@@ -113,16 +113,16 @@ CHIPS: dict[str, Chip] = {
              "TPU v6 lite", "TPU v6e"),
         _tpu("tpu7x", 2307e12, 4614e12, 192, 189.5, 7380e9, 100e9, 3, 100 * GIGABIT, 4, 9216,
              "TPU7x", devices=2),
-        _gpu("a10g", 70e12, 140e12, 24, 600e9, 32e9, 12.5e9, 8, "A10G"),
-        _gpu("a10", 125e12, 250e12, 24, 600e9, 32e9, 12.5e9, 8, "A10"),
+        _gpu("a10g", 70e12, 140e12, 24, 600e9, 32e9, None, 8, "A10G"),
+        _gpu("a10", 125e12, 250e12, 24, 600e9, 32e9, None, 8, "A10"),
         _gpu("a100-40", 312e12, 624e12, 40, 1555e9, 300e9, 25e9, 8, "A100 40GB"),
         _gpu("a100-80", 312e12, 624e12, 80, 2039e9, 300e9, 25e9, 8, "A100"),
-        _gpu("l4", 121e12, 242e12, 24, 300e9, 32e9, 12.5e9, 8, "L4"),
-        _gpu("l40s", 362e12, 733e12, 48, 864e9, 32e9, 25e9, 8, "L40S"),
-        _gpu("h100-pcie", 756e12, 1513e12, 80, 2000e9, 300e9, 50e9, 8, "H100 PCIe"),
-        _gpu("h100-nvl", 835e12, 1671e12, 94, 3900e9, 300e9, 50e9, 8, "H100 NVL"),
+        _gpu("l4", 121e12, 242e12, 24, 300e9, 32e9, None, 8, "L4"),
+        _gpu("l40s", 362e12, 733e12, 48, 864e9, 32e9, None, 8, "L40S"),
+        _gpu("h100-pcie", 756e12, 1513e12, 80, 2000e9, 300e9, None, 8, "H100 PCIe"),
+        _gpu("h100-nvl", 835e12, 1671e12, 94, 3900e9, 300e9, None, 8, "H100 NVL"),
         _gpu("h100", 989e12, 1979e12, 80, 3350e9, 450e9, 50e9, 8, "H100"),
-        _gpu("h200-nvl", 835e12, 1671e12, 141, 4800e9, 450e9, 50e9, 8, "H200 NVL"),
+        _gpu("h200-nvl", 835e12, 1671e12, 141, 4800e9, 450e9, None, 8, "H200 NVL"),
         _gpu("h200", 989e12, 1979e12, 141, 4800e9, 450e9, 50e9, 8, "H200"),
         _gpu("gh200", 989e12, 1979e12, 96, 4000e9, 450e9, 50e9, 1, "GH200"),
         _gpu("b200", 2250e12, 4500e12, 180, 7700e9, 900e9, 50e9, 8, "B200"),

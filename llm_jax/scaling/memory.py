@@ -25,6 +25,7 @@ from llm_jax.interop.plan import Plan, PlannedParameter, plan
 from llm_jax.mesh import MeshConfig
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.attention import choose_backend
+from llm_jax.models.layers import GATED
 from llm_jax.models.quantize import quantize
 from llm_jax.optim import MUON_KERNELS, OptimizerConfig
 from llm_jax.weights import init_weights
@@ -117,14 +118,15 @@ def optimizer_bytes(planned: Plan, optimizer: OptimizerConfig) -> Bytes:
     first_width = jnp.dtype(optimizer.mu_dtype).itemsize
     values = sum(p.chip_values for p in planned.parameters)
     muon = sum(p.chip_values for p in planned.parameters if _is_muon_kernel(p))
-    found: Bytes = {
+    by_name: dict[str, Bytes] = {
         "adamw": {"first moment": first_width * values, "second moment": 4 * values},
         "lion": {"first moment": first_width * values},
         "muon": {"first moment": first_width * values, "second moment": 4 * (values - muon)},
         "adafactor": {"second moment": sum(map(_factored_bytes, planned.parameters))},
-    }[optimizer.name]
+    }
+    found = by_name[optimizer.name]
     if optimizer.ema_decay is not None:
-        found = {**found, "average of the parameters": 4 * values}
+        found["average of the parameters"] = 4 * values
     return found
 
 
@@ -168,16 +170,25 @@ def _points(
     layers = functools.partial(
         _kept_of_layer, mesh=mesh, tokens=tokens, length=length, platform=platform
     )
-    saved = {"saved activations": model.num_layers * layers(model)}
+    stacked = model
+    if platform == "cpu" and model.remat != "full":
+        # Its XLA widens what has 16 bits as soon as it is computed, and keeps it so for later.
+        stacked = dataclasses.replace(model, dtype="float32")
+    saved: Bytes = {"saved activations": model.num_layers * layers(stacked)}
     hidden = tokens * model.embed_dim / mesh.tensor  # values
     held = tokens if chunk is None else tokens * min(1, chunk / length)
-    # Where parameters are split, the product needs them whole, and their gradient is whole at first.
+    # Where parameters are split, a product needs them whole, and their gradient is whole at first.
     gathered = width + 4 if mesh.fsdp > 1 else 0
     output = model.vocab_size * model.embed_dim / mesh.tensor
-    layer = {
-        "one layer's activations": layers(dataclasses.replace(model, remat="none")),
+    at_work = layers(dataclasses.replace(model, remat="none"))
+    if model.remat in ("dots", "dots_no_batch"):  # its products are among what is saved
+        at_work -= layers(model) - layers(dataclasses.replace(model, remat="full"))
+    layer: Bytes = {
+        "one layer's activations": at_work,
         "hidden states": 2 * width * hidden,
     }
+    if platform == "cpu" and width < 4:  # elsewhere rounding is part of the product
+        layer["a product in float32"] = 4 * tokens * _widest_product(model) / mesh.tensor
     if gathered:
         layer["one layer's parameters, gathered"] = gathered * _layer_values(planned, model, mesh)
     if mesh.tensor > 1:
@@ -193,10 +204,23 @@ def _points(
     }
 
 
+def _widest_product(model: ModelConfig) -> int:
+    """Values a token of the largest product of a layer."""
+    mlp = (2 if model.mlp in GATED else 1) * model.mlp_dim
+    if model.moe is not None:
+        mlp *= model.moe.experts_per_token
+    return max(mlp, (model.num_heads + 2 * model.kv_heads) * model.resolved_head_dim)
+
+
 def _layer_values(planned: Plan, model: ModelConfig, mesh: MeshConfig) -> float:
     """Parameters of one layer on a device, were they not split over the fsdp axis."""
-    stacked = [p for p in planned.parameters if p.name.startswith("layer")]
-    return sum(p.chip_values for p in stacked) * mesh.fsdp * mesh.stage / model.num_layers
+
+    def gathered(parameter: PlannedParameter) -> int:
+        ways = (getattr(mesh, axis) for axis in ("fsdp", "stage") if axis in parameter.spec)
+        return parameter.chip_values * math.prod(ways)
+
+    layers = (p for p in planned.parameters if p.name.startswith("layer"))
+    return sum(map(gathered, layers)) / model.num_layers
 
 
 def _kept_of_layer(
@@ -209,8 +233,6 @@ def _kept_of_layer(
     """
     if model.remat == "full":  # the layer's input
         return tokens * model.embed_dim * jnp.dtype(model.dtype).itemsize / mesh.tensor
-    if platform == "cpu":  # where XLA widens what has 16 bits
-        model = dataclasses.replace(model, dtype="float32")
     attention = choose_backend(model, platform)
 
     def kept(model: ModelConfig) -> float:

@@ -9,6 +9,7 @@ torus; between slices of TPUs go only gradients (data) or activations of whole s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -93,29 +94,38 @@ def plan_mesh(job: Job, cluster: Cluster) -> MeshPlan:
     """The mesh for a job on a cluster.
 
     Raises:
-      UserError: no mesh divides the model and the batch, or none fits the memory; then with the
+      UserError: no mesh divides the model and the batch, or none fits the memory; then it names the
         smallest cluster of the same chips that would do, if there is one.
     """
     found = _search(job, cluster)
     if isinstance(found, MeshPlan):
         return found
+    name = f"a model of {parameter_count(job.model):,} parameters"
+    if found is None:
+        raise UserError(
+            f"no mesh of {cluster.name} divides {name} and a batch of {job.batch} rows of "
+            f"{job.length:,}: make the batch a multiple of {cluster.devices}, or take fewer chips."
+        )
     larger = _smallest_that_fits(job, cluster)
     would = (
         f"{larger.name} ({larger.chips} chips) is the smallest that does"
         if larger
         else "no larger one does either: shorten the rows, or take chips with more memory"
     )
-    name = f"a model of {parameter_count(job.model):,} parameters"
-    if found is None:
-        raise UserError(
-            f"no mesh of {cluster.name} divides {name} and a batch of {job.batch} rows of "
-            f"{job.length:,}; {would}."
-        )
     raise UserError(
         f"{name} does not fit {cluster.name} with {job.batch} rows of {job.length:,}: it takes "
         f"at least {found / GIB:.1f} of {MEMORY_SHARE * cluster.chip.device_usable / GIB:.1f} GiB "
         f"a device; {would}."
     )
+
+
+@functools.cache
+def plan_and_tell(job: Job, cluster: Cluster) -> MeshPlan:
+    """`plan_mesh` for config files, with its reasons on stdout: once, however often the file is
+    read."""
+    found = plan_mesh(job, cluster)
+    print("\n".join(found.reasons()))
+    return found
 
 
 def _search(job: Job, cluster: Cluster) -> MeshPlan | float | None:
@@ -126,7 +136,7 @@ def _search(job: Job, cluster: Cluster) -> MeshPlan | float | None:
         memory = training_memory(
             job.model, job.optimizer, mesh, length=job.length, batch=job.batch,
             micro_batches=micro_batches, chunk=job.chunk,
-            platform="tpu" if cluster.chip.torus else "gpu",
+            platform=cluster.platform,
         )  # fmt: skip
         if memory.peak <= limit:
             return MeshPlan(job, cluster, mesh, micro_batches, memory, time)
@@ -191,9 +201,9 @@ def _smallest_that_fits(job: Job, cluster: Cluster) -> Cluster | None:
     """The smallest cluster of the same chips, larger than this one, that has room for the job."""
     for name in cluster_names():
         larger = find_cluster(name)
-        if larger.chip == cluster.chip and larger.chips > cluster.chips:
-            if isinstance(_search(job, larger), MeshPlan):
-                return larger
+        is_larger = larger.chip == cluster.chip and larger.chips > cluster.chips
+        if is_larger and isinstance(_search(job, larger), MeshPlan):
+            return larger
     return None
 
 
@@ -213,8 +223,8 @@ def _reason(axis: str, found: MeshPlan) -> str:
     if axis == "fsdp":
         busy = "less" if found.time.hidden <= found.time.arithmetic else "more"
         return (
-            f"fsdp {size}: every device keeps 1/{size} of parameters and optimiser state; gathering "
-            f"them {where} takes {seconds}, {busy} than the arithmetic"
+            f"fsdp {size}: every device keeps 1/{size} of parameters and optimiser state; "
+            f"gathering them {where} takes {seconds}, {busy} than the arithmetic"
         )
     if axis == "tensor":
         return (
@@ -223,8 +233,9 @@ def _reason(axis: str, found: MeshPlan) -> str:
         )
     if axis == "context":
         return (
-            f"context {size}: rows of {job.length:,} tokens are cut, as {job.batch} rows do not "
-            f"fill {found.cluster.devices} devices or do not fit; sends keys and values for {seconds}"
+            f"context {size}: rows of {job.length:,} tokens are cut, as {job.batch} of them do not "
+            f"fill {found.cluster.devices} devices, or do not fit; sends keys and values for "
+            f"{seconds}"
         )
     if axis == "expert":
         assert job.model.moe is not None

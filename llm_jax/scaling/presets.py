@@ -1,15 +1,15 @@
 """Clusters by name: TPU slices as Google Cloud names them, and GPUs by their number.
 
-    v5e-16, v6e-256     so many chips        v4-128, v5p-128, tpu7x-128   so many TensorCores,
-    h100x8, h100x64     so many GPUs                                      two to a chip
-    4xv5e-256           four slices, joined by the data centre's network
+v5e-16, v6e-256     so many chips        v4-128, v5p-128, tpu7x-128   so many TensorCores,
+h100x8, h100x64     so many GPUs                                      two to a chip
+4xv5e-256           four slices, joined by the data centre's network
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+from typing import Literal
 
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.scaling.hardware import CHIPS, Chip, find_chip
@@ -46,6 +46,10 @@ class Cluster:
         return self.chips * self.chip.devices
 
     @property
+    def platform(self) -> Literal["gpu", "tpu"]:
+        return "tpu" if self.chip.torus else "gpu"
+
+    @property
     def slice_chips(self) -> int:
         return self.chips // self.slices
 
@@ -63,25 +67,28 @@ def find_cluster(name: str) -> Cluster:
     Raises:
       UserError: no such cluster.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name)
-    if match and match[2] in CHIPS and CHIPS[match[2]].torus:
-        chip, count = CHIPS[match[2]], int(match[3])
-        shape = _shapes(chip).get(count // CORES.get(chip.name, 1))
-        slices = int(match[1] or 1)
-        if shape is not None and slices and count % CORES.get(chip.name, 1) == 0:
-            chips = slices * count // CORES.get(chip.name, 1)
-            return Cluster(name, chip, chips, slices, f"{chip.name}:{shape}")
-    match = re.fullmatch(r"(.+)x(\d+)", name)
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z0-9]+)-(\d+)", name)
+    if match and match[2] in CHIPS:
+        chip, slices = CHIPS[match[2]], int(match[1] or 1)
+        chips, rest = divmod(int(match[3]), CORES.get(chip.name, 1))
+        if not rest and chips in _shapes(chip):
+            topology = f"{chip.name}:{_shapes(chip)[chips]}"
+            return Cluster(name, chip, slices * chips, slices, topology)
+    match = re.fullmatch(r"(.+)x([1-9]\d*)", name)
     if match and match[1] in CHIPS and not CHIPS[match[1]].torus:
         chip, chips = CHIPS[match[1]], int(match[2])
-        nodes = max(1, math.ceil(chips / chip.node))
-        if chips and (chips <= chip.node or chips % chip.node == 0):
-            return Cluster(name, chip, chips, nodes)
-        if chips:
+        nodes = -(-chips // chip.node)
+        if chips > chip.node and chips % chip.node:
             raise UserError(
-                f"{name}: nodes have {chip.node} chips: give {nodes * chip.node}, or "
-                f"{max(1, nodes - 1) * chip.node}."
+                f"{name} leaves a node of {chip.node} chips in part: take "
+                f"{chip.name}x{(nodes - 1) * chip.node} or {chip.name}x{nodes * chip.node}."
             )
+        if nodes > 1 and chip.network is None:
+            raise UserError(
+                f"{name}: no network between nodes of {chip.name} is published: take at most "
+                f"{chip.name}x{chip.node}."
+            )
+        return Cluster(name, chip, chips, nodes)
     raise UserError(f"there is no cluster {name!r}.{_suggestion(name)}")
 
 
@@ -108,7 +115,7 @@ def cluster_names() -> list[str]:
         f"{chip.name}x{chip.node * 2**power}"
         for chip in CHIPS.values()
         if not chip.torus
-        for power in range(8)
+        for power in range(1 if chip.network is None else 8)
     ]
     return slices + nodes
 
@@ -122,9 +129,10 @@ def _shapes(chip: Chip) -> dict[int, str]:
 
 
 def _suggestion(name: str) -> str:
-    """The nearest names: of the same chip, the sizes that it has."""
-    family = re.match(r"(?:\d+x)?([a-z0-9]+?)(?:-|x)\d+$", name)
-    own = [n for n in cluster_names() if family and n.startswith((f"{family[1]}-", f"{family[1]}x"))]
+    """The sizes that there are of the chip that is named, or the nearest name."""
+    names = cluster_names()
+    match = re.fullmatch(r"(?:\d+x)?(.+?)[-x]\d+", name)
+    own = [n for n in names if match and re.fullmatch(rf"{re.escape(match[1])}[-x]\d+", n)]
     if own:
         return f" Known: {', '.join(own)}."
-    return did_you_mean(name, cluster_names()) or " Examples: v5e-16, v5p-128, 4xv5e-256, h100x64."
+    return did_you_mean(name, names) or " Examples: v5e-16, v5p-128, 4xv5e-256, h100x64."

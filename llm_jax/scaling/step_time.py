@@ -74,6 +74,7 @@ def step_time(
     parameters = (dense + experts / mesh.expert) / (mesh.tensor * mesh.stage)
 
     gathered = (2 * width + GRADIENT_WIDTH) * parameters * micro_batches
+    shared = dense / (mesh.tensor * mesh.stage * mesh.fsdp)  # by the shards of the expert axis
     reduced = 2 * GRADIENT_WIDTH * parameters / mesh.fsdp
     residual = width * tokens * model.embed_dim  # bytes
     keys = width * tokens * 2 * model.kv_heads * model.resolved_head_dim / mesh.tensor
@@ -85,7 +86,7 @@ def step_time(
         "context": passes * layers * keys * (mesh.context - 1) + reduced * _others(mesh.context),
         # Every shard meets the tokens of all, and gives back its part of their sums.
         "expert": passes * layers * (1 + 4 / width) * residual * (mesh.expert - 1)
-        + 2 * GRADIENT_WIDTH * dense / (mesh.tensor * mesh.stage * mesh.fsdp) * _others(mesh.expert),
+        + 2 * GRADIENT_WIDTH * shared * _others(mesh.expert),
         "stage": passes * residual * (mesh.stage > 1),
     }  # fmt: skip
     return StepTime(

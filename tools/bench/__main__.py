@@ -4,6 +4,7 @@
                                   of one setting, two in turn, or against transformers on torch
     python -m tools.bench loop    what the training loop adds to the bare step, in percent
     python -m tools.bench trace   the gaps between consecutive steps, from a profiler trace
+    python -m tools.bench memory  a train step's memory: on paper, compiled and run
     python -m tools.bench import_memory   the host memory of importing a published checkpoint
 
 Every command explains its flags: python -m tools.bench train --help.
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "tools.bench.train",
     "loop": "tools.bench.loop",
     "trace": "tools.bench.step_gaps",
+    "memory": "tools.bench.memory",
     "import_memory": "tools.bench.import_memory",
 }
 

@@ -64,6 +64,12 @@ class BareStep:
         self._compiled = lowered.compile()
         return {"tracing": middle - begin, "compiling": time.perf_counter() - middle}
 
+    def compiled_bytes(self) -> int:
+        """Of the compiled step: arguments, results and temporaries, donated buffers once."""
+        found: Any = self._compiled.memory_analysis()
+        held = found.argument_size_in_bytes + found.output_size_in_bytes
+        return held - found.alias_size_in_bytes + found.temp_size_in_bytes
+
     def start(self, batches: Sequence[Batch]) -> None:
         """Makes the initial state; the steps will take these batches in turn."""
         self._batches = batches

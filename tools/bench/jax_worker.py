@@ -17,8 +17,7 @@ from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
 from llm_jax.models.size import flops_per_token, parameter_count
 from llm_jax.objectives import lm
-from llm_jax.trainers.foundation import VOCABULARY_MULTIPLE
-from llm_jax.trainers.pretrain import PretrainConfig
+from llm_jax.trainers.pretrain import PretrainConfig, asked_model
 from tools.bench.bare_step import BareStep, matmul_flops, random_batches
 from tools.bench.protocol import (
     Note,
@@ -108,11 +107,7 @@ def matrix_products(note: Note) -> dict[str, Any]:
 
 
 def _model_and_phase(config: PretrainConfig, number: int) -> tuple[ModelConfig, Phase]:
-    model = config.model
-    if model.vocab_size is None:
-        # The tokenizer is not made: what it is asked to be is as good for the shape.
-        padded = -(-config.tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        model = dataclasses.replace(model, vocab_size=padded)
+    model = asked_model(config)
     if not 1 <= number <= len(config.phases):
         raise UserError(f"--phase={number}: the config has phases 1 to {len(config.phases)}.")
     phase = plan(config.phases, config.optimizer, model.rope, {MAIN: 1.0})[number - 1]
