@@ -18,10 +18,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.errors import UserError
 from llm_jax.generation.sampler import SamplerConfig, sample
-from llm_jax.sharding import constrain
+from llm_jax.sharding import constrain, spec
 from llm_jax.types import Array
 
 # Prompts are read this many tokens at a time, so that the scores of a long prompt take memory
@@ -372,6 +373,14 @@ def _prompt_tokens(request: Request, seen_BV: jax.Array) -> jax.Array:
     return seen_BV.at[row_B, request.last_B].set(True)
 
 
+def shardings(mesh: Mesh, state: Decoding) -> Decoding:
+    """How the state between two steps lies on a mesh; see `_lay_out`."""
+    rest = dict(vars(state))
+    cache = jax.tree.map(lambda x: NamedSharding(mesh, spec(_cache_axes(x))), rest.pop("cache"))
+    whole = jax.tree.map(lambda x: NamedSharding(mesh, spec(())), rest)
+    return Decoding(cache=cache, **whole)
+
+
 def _lay_out(state: Decoding) -> Decoding:
     """Cuts the cache as the layers do that write it; every process holds the whole of the rest."""
     rest = dict(vars(state))
@@ -381,10 +390,10 @@ def _lay_out(state: Decoding) -> Decoding:
 
 
 def _lay_out_cache(cache: Any) -> Any:
-    def lay_out(x: jax.Array) -> jax.Array:
-        if x.ndim < 4:  # segment ids and lengths
-            return constrain(x, "activation_batch", *(None,) * (x.ndim - 1))
-        stacked = (None,) * (x.ndim - 4)
-        return constrain(x, *stacked, "activation_batch", "activation_heads", None, None)
+    return jax.tree.map(lambda x: constrain(x, *_cache_axes(x)), cache)
 
-    return jax.tree.map(lay_out, cache)
+
+def _cache_axes(x: Any) -> tuple[str | None, ...]:
+    if x.ndim < 4:  # segment ids and lengths
+        return ("activation_batch", *(None,) * (x.ndim - 1))
+    return (*(None,) * (x.ndim - 4), "activation_batch", "activation_heads", None, None)

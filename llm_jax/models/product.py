@@ -23,18 +23,9 @@ def product(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int = 1) ->
     return _forward(x, kernel, dtype, contracted)[0]
 
 
-def rounded(kernel: jax.Array, dtype: Any) -> jax.Array:
-    """A kernel in the dtype of a product.
-
-    Of scanned layers XLA would round the kernels ahead of the loop, all of them at once, and hold
-    the result throughout; it does not reach past the barrier.
-    """
-    return jax.lax.optimization_barrier(kernel).astype(dtype)
-
-
 def _forward(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int) -> tuple[jax.Array, Any]:
     x = x.astype(dtype)
-    y = _dot(x, rounded(kernel, dtype), range(x.ndim - contracted, x.ndim), range(contracted))
+    y = _dot(x, kernel.astype(dtype), range(x.ndim - contracted, x.ndim), range(contracted))
     return y, (x, kernel)
 
 
@@ -42,7 +33,7 @@ def _backward(dtype: Any, contracted: int, residuals: Any, g: jax.Array) -> Any:
     x, kernel = residuals
     lead = x.ndim - contracted
     g = g.astype(dtype)
-    dx = _dot(g, rounded(kernel, dtype), range(lead, g.ndim), range(contracted, kernel.ndim))
+    dx = _dot(g, kernel.astype(dtype), range(lead, g.ndim), range(contracted, kernel.ndim))
     x_turned = turned(x, lead)
     d_kernel = _dot(x_turned, g, range(contracted, x.ndim), range(lead))
     return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)

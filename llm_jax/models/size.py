@@ -63,7 +63,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
         mlp = config.moe.experts_per_token * mlp + D * config.moe.num_experts
     layer = qkv + heads * D + mlp
     weights = config.num_layers * layer + D * config.vocab_size
-    seen = sum(_keys_seen(length, config.layer_window(i)) for i in range(config.num_layers))
+    seen = sum(keys_seen(length, config.layer_window(i)) for i in range(config.num_layers))
     trained = weights if config.lora is None else adapter_count(config)
     frozen = 0 if config.lora is None else weights
     return 6.0 * trained + 4.0 * frozen + 3 * 2 * 2 * heads * seen
@@ -84,7 +84,7 @@ def _size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def _keys_seen(length: int, window: int | None) -> float:
+def keys_seen(length: int, window: int | None) -> float:
     """Keys that a query of a full row sees on average, its own included."""
     width = length if window is None else min(window, length)
     return (width * (width + 1) / 2 + (length - width) * width) / length

@@ -15,15 +15,24 @@ from llm_jax.trainers.pretrain import PretrainConfig, asked_model
 from tools.bench.jax_worker import read_config
 
 
+def read_named_config(values: flags.FlagValues, overrides: Sequence[str]) -> PretrainConfig:
+    """The config of --config.
+
+    Raises:
+      UserError: there is none, or it is of another stage.
+    """
+    if not values.config:
+        raise UserError("--config is required, for example --config=configs/pretrain.py.")
+    return read_config(values.config, list(overrides))
+
+
 def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, PretrainConfig]:
     """The job of --config, with --length and --batch in place of those of its longest phase.
 
     Raises:
       UserError: no config, one of another stage, or a length past the model's positions.
     """
-    if not values.config:
-        raise UserError("--config is required, for example --config=configs/pretrain.py.")
-    config = read_config(values.config, list(overrides))
+    config = read_named_config(values, overrides)
     longest = max(config.phases, key=lambda phase: phase.length)
     length = values.length or longest.length
     batch = values.batch or max(1, longest.length * longest.batch // length)
