@@ -8,6 +8,7 @@ from typing import Literal
 from llm_jax.errors import UserError
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
+from llm_jax.models.remat import Remat
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
 LayerKind = Literal["global", "local"]
@@ -71,9 +72,9 @@ class ModelConfig:
     lora: LoraConfig | None = None  # the settings of adapters, where the parameters hold some
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and activations
     scan_layers: bool = False  # one compiled block, looped: compiles faster, fuses less
-    # What the backward pass finds saved: none = all activations, full = only block inputs,
-    # dots = matrix products, dots_no_batch = those with parameters (not attention scores).
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    # What is kept for the backward pass, from all activations (none) to only the input of each
+    # block (full), or that in the host's memory (offload); `models/remat.py` has the table.
+    remat: Remat = "none"
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.kernels import LAYOUTS, Layout
 from llm_jax.models.lora import ADAPTERS, LoraConfig, adapted
 from llm_jax.models.quantize import Quantized, kernel_product
+from llm_jax.models.remat import named
 from llm_jax.sharding import Named, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -145,11 +146,11 @@ class MLP(nn.Module):
         D, M = self.embed_dim, self.mlp_dim
         if self.kind not in GATED:
             up = Projection((D, M), self.dtype, self.use_bias, lora=self.lora, name="up")
-            h_BTM = activation(up(x_BTD))
+            h_BTM = activation(named(up(x_BTD), "gate_up"))
         else:
             gate_up = Projection((D, 2, M), self.dtype, self.use_bias, lora=self.lora,
                                  name="gate_up")  # fmt: skip
-            gate_BTM, up_BTM = unstack(gate_up(x_BTD), axis=-2)
+            gate_BTM, up_BTM = unstack(named(gate_up(x_BTD), "gate_up"), axis=-2)
             h_BTM = activation(gate_BTM) * up_BTM
         h_BTM = constrain(h_BTM, "activation_batch", "activation_time", "activation_mlp")
         down = Projection((M, D), self.dtype, self.use_bias, self.output_scale, self.lora,

@@ -21,6 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.grouped import grouped_product
 from llm_jax.models.layers import ACTIVATIONS, GATED, parameter, unstack
 from llm_jax.models.product import product
+from llm_jax.models.remat import named
 from llm_jax.sharding import RULES, constrain, spec
 
 Kernels = dict[str, jax.Array]
@@ -140,10 +141,10 @@ class MixtureOfExperts(nn.Module):
         """The experts' MLPs, float32 [..., D]; `multiply(x, kernel)` knows whose row is whose."""
         activation = ACTIVATIONS[self.kind]
         if self.gated:
-            both = multiply(x, kernels["gate_up"]).astype(self.dtype)
+            both = named(multiply(x, kernels["gate_up"]).astype(self.dtype), "gate_up")
             gate, up = unstack(both, axis=-2)
             return multiply(activation(gate) * up, kernels["down"])
-        up = multiply(x, kernels["up"]).astype(self.dtype)
+        up = named(multiply(x, kernels["up"]).astype(self.dtype), "gate_up")
         return multiply(activation(up), kernels["down"])
 
     # --- no token is dropped ----------------------------------------------------------------------
