@@ -62,7 +62,7 @@ class Attention(nn.Module):
         D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
         qkv_BTKFH = Projection(
             (D, K, G + 2, H), config.dtype, config.attention_bias != "none", lora=config.lora,
-            name="qkv",
+            matmul=config.matmul, name="qkv",
         )(x_BTD)  # fmt: skip
         q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKFH, (G, G + 1), axis=3)
         if config.qk_norm != "none":
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
         output = Projection(
             (K * G, H, D), config.dtype, config.attention_bias == "all", _residual_scale(config),
-            config.lora, name="output",
+            config.lora, config.matmul, name="output",
         )  # fmt: skip
         return output(out_BNTH.swapaxes(1, 2)), cache
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
         config, scale = self.config, _residual_scale(self.config)
         if config.moe is None:
             mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
-                      scale, config.lora, name="mlp")  # fmt: skip
+                      scale, config.lora, config.matmul, name="mlp")  # fmt: skip
             return mlp(x_BTD), None
         experts = MixtureOfExperts(config.moe, config.mlp, config.embed_dim, config.mlp_dim,
                                    config.dtype, scale, name="moe")  # fmt: skip
