@@ -74,3 +74,13 @@ def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(
         tuple(max(1, size) for size in sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes)
     )
+
+
+def require_host_memory(mesh: Mesh, setting: str) -> None:
+    """Raises UserError where the devices cannot reach their host's memory, as `setting` wants."""
+    device = mesh.devices.flat[0]
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"{setting} needs host memory that devices can reach, and {device.platform} devices "
+            "reach none: leave it out."
+        )

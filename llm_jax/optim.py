@@ -3,6 +3,7 @@
     guard (skip non-finite and spiking steps)
       └ average (optional EMA of the parameters)
           └ clip → precondition → add decayed weights → × −learning_rate
+            (whose state, the moments, may live in the host's memory)
 
 The learning rate is an argument of `update`, never part of the state, so that a run may change its
 schedule between phases without touching the moments. The values come from `llm_jax.schedules`.
@@ -21,6 +22,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from llm_jax.errors import UserError, did_you_mean
+from llm_jax.moments import keep_second_moment_in_bfloat16
 
 OptimizerName = Literal["adamw", "lion", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
@@ -53,6 +55,11 @@ class OptimizerConfig:
     epsilon: float = 1e-8  # AdamW, and Muon's Adam
     momentum: float = 0.95  # Muon: Nesterov momentum of kernels
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # first moment; Adafactor has none
+    # Second moment of AdamW and of Muon's Adam; bfloat16 is rounded at random (see `moments`).
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Between updates the moments are in the host's memory: of their 8 bytes a parameter (less in
+    # bfloat16) the devices hold none during the forward and backward passes (arXiv:2101.06840).
+    offload: bool = False
     parameter_scale: bool = False  # Adafactor: multiply updates by the RMS of each parameter
 
     weight_decay: float = 0.1  # multiplied by the learning rate; norms' scales and biases skipped
@@ -68,7 +75,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_choice("name", self.name, OptimizerName)
         _check_choice("schedule", self.schedule, ScheduleName)
-        _check_choice("mu_dtype", self.mu_dtype, Literal["float32", "bfloat16"])
+        for name in ("mu_dtype", "nu_dtype"):
+            _check_choice(name, getattr(self, name), Literal["float32", "bfloat16"])
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
             _check_range(name, getattr(self, name), 0, math.inf, "not negative")
         for name in ("final_learning_rate_ratio", "decay_fraction"):
@@ -82,6 +90,11 @@ class OptimizerConfig:
         if self.name == "adafactor" and self.mu_dtype != "float32":
             raise UserError(
                 "config.optimizer.mu_dtype is set, but Adafactor keeps no first moment: remove it."
+            )
+        if self.name in ("lion", "adafactor") and self.nu_dtype != "float32":
+            raise UserError(
+                f"config.optimizer.nu_dtype is set, but {self.name} keeps no full second moment: "
+                "remove it."
             )
 
 
@@ -105,6 +118,8 @@ def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
         pieces.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)))
     pieces.append(scale_by_negative_learning_rate())
     optimizer = optax.chain(*pieces)
+    if config.offload:
+        optimizer = keep_on_host(optimizer)
     if config.ema_decay is not None:
         optimizer = average_parameters(optimizer, config.ema_decay)
     return skip_bad_steps(
@@ -139,6 +154,8 @@ def decay_mask(params: Any) -> Any:
 def _precondition(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
     mu_dtype = jnp.dtype(config.mu_dtype)
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=mu_dtype)
+    if config.nu_dtype == "bfloat16":
+        adam = keep_second_moment_in_bfloat16(adam)
     if config.name == "adamw":
         return adam
     if config.name == "lion":
@@ -220,6 +237,28 @@ def scale_by_negative_learning_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def keep_on_host(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the arrays of `inner`'s state, scalars aside, in the host's memory between updates.
+
+    Inside a jitted function only; `init` says by its results' memory spaces where they live.
+    """
+
+    def moved(state: Any, space: jax.memory.Space) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+    def init(params: Any) -> Any:
+        return moved(inner.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        state = moved(state, jax.memory.Space.Device)
+        updates, state = inner.update(updates, state, params, **extra)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class AverageState(NamedTuple):
     """inner: the wrapped state. average: float32 tree like the parameters."""
 
@@ -287,8 +326,7 @@ def skip_bad_steps(
         return SkipState(inner.init(params), zero, zero, none, none, none)
 
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> Any:
-        updates = optax.tree.cast(updates, jnp.float32)
-        norm = optax.tree.norm(updates)
+        norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
         accept = jnp.isfinite(norm)
         if spike_factor is not None:
             judged = state.accepted_steps >= spike_warmup_steps
@@ -298,7 +336,8 @@ def skip_bad_steps(
         weight = jnp.maximum(1 / (state.accepted_steps + 1), 1 - NORM_MEAN_DECAY)
 
         def accepted() -> tuple[Any, SkipState]:
-            new, inner_state = inner.update(updates, state.inner, params, **extra)
+            exact = optax.tree.cast(updates, jnp.float32)
+            new, inner_state = inner.update(exact, state.inner, params, **extra)
             new_state = state._replace(
                 inner=inner_state,
                 gradient_norm=norm,
@@ -314,7 +353,7 @@ def skip_bad_steps(
                 skipped_steps=state.skipped_steps + 1,
                 consecutive_skips=state.consecutive_skips + 1,
             )
-            return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), new_state
+            return jax.tree.map(lambda u: jnp.full_like(u, -0.0, jnp.float32), updates), new_state
 
         # A branch, because selecting between the old and the new state would make XLA copy every
         # donated moment before it overwrites it.

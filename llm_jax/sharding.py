@@ -146,6 +146,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def in_space(where: NamedSharding, space: jax.memory.Space) -> NamedSharding:
+    """The same shards in the devices' own memory, or in that of their host."""
+    return where.with_memory_kind("pinned_host") if space == jax.memory.Space.Host else where
+
+
 def parameter_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
     """NamedShardings of a tree whose leaves are `Named` boxes.
 

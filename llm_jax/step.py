@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llm_jax import optim, sharding
 from llm_jax.errors import UserError
+from llm_jax.models.heads import HEADS
 from llm_jax.types import Mean, TrainState, join
 
 # (params, batch, rng) → (loss, metrics). Pure; the step differentiates `loss.total`.
@@ -46,7 +47,21 @@ class StepConfig:
     # Most tokens that a micro-batch holds on one batch shard. None: everything at once on
     # accelerators; on CPU a size whose temporaries stay in cache and are not remapped every step.
     micro_batch_tokens: int | None = None
+    # What the loss is differentiated by. bfloat16: the parameters, which stay float32 between steps
+    # (masters), are rounded once a step, and so are gradients, on their way between devices too.
+    # With model.dtype=bfloat16 the loss is the same to the bit, as products round them anyway.
+    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self) -> None:
+        if self.parameter_dtype not in ("float32", "bfloat16"):
+            raise UserError(
+                f"config.step.parameter_dtype={self.parameter_dtype!r} must be 'float32' or "
+                "'bfloat16'."
+            )
+
+
+# Parameters that the model computes with in float32 whatever its dtype, and their trees.
+UNROUNDED = (*optim.UNDECAYED, "router", *HEADS)
 
 CPU_MICRO_BATCH_TOKENS = 512
 
@@ -91,7 +106,9 @@ def init_state(
     Returns:
       (state of jax.ShapeDtypeStruct with shardings, state of NamedSharding)
     """
-    abstract = jax.eval_shape(lambda: _initial(init_params, optimizer, seed))
+    traced, abstract = jax.make_jaxpr(
+        lambda: _initial(init_params, optimizer, seed), return_shape=True
+    )()
     shardings = TrainState(
         step=sharding.replicated(mesh),
         params=param_shardings,
@@ -100,6 +117,10 @@ def init_state(
         ),
         rng=sharding.replicated(mesh),
     )
+    spaces = jax.tree.unflatten(
+        jax.tree.structure(abstract), [aval.memory_space for aval in traced.out_avals]
+    )
+    shardings = jax.tree.map(sharding.in_space, shardings, spaces)
     abstract = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         abstract,
@@ -150,14 +171,16 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     micro_batches: int = 1,
+    parameter_dtype: str = "float32",
 ) -> jax.stages.Wrapped:
     """The jitted `(state, batch, learning_rate) → (state, metrics)`.
 
     Gradients of `loss.total` are summed over micro-batches and devices and divided once by the
     global `loss.count`, so accumulation, packing and sharding change nothing but speed. (A `Pooled`
     objective costs one more forward pass of each micro-batch.) The objective sees the state's
-    frozen parameters joined to the trained ones; only these have gradients. The state's buffers are
-    donated. Metrics are Means and float32 scalars, replicated.
+    frozen parameters joined to the trained ones; only these have gradients, in `parameter_dtype`,
+    whose sum over micro-batches is float32. The state's buffers are donated. Metrics are Means and
+    float32 scalars, replicated.
     """
 
     def gradient(objective: Objective, params: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:
@@ -179,15 +202,22 @@ def make_train_step(
         if isinstance(objective, Pooled):
             whole = functools.partial(objective.pool, join(params, frozen))
             informed = functools.partial(objective, sums=_sum_over(whole, parts_and_rngs))
-        return _sum_over(functools.partial(gradient, informed, params, frozen), parts_and_rngs)
+
+        def exact(batch: Any, rng: jax.Array) -> Any:
+            metrics, gradients = gradient(informed, params, frozen, batch, rng)
+            return metrics, optax.tree.cast(gradients, jnp.float32)
+
+        return _sum_over(exact, parts_and_rngs)
 
     def train_step(
         state: TrainState, batch: Any, learning_rate: Any
     ) -> tuple[TrainState, dict[str, Any]]:
         rng = jax.random.fold_in(state.rng, state.step)
-        metrics, gradients = accumulate(state.params, state.frozen, batch, rng)
+        params = rounded(state.params, parameter_dtype)
+        metrics, gradients = accumulate(params, state.frozen, batch, rng)
         count = metrics["loss"].count
-        gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1), gradients)
+        count = jnp.where(count > 0, count, 1)
+        gradients = jax.tree.map(lambda g: (g / count).astype(g.dtype), gradients)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, learning_rate=learning_rate
         )
@@ -201,6 +231,16 @@ def make_train_step(
         in_shardings=(shardings, sharding.batch_sharding(mesh), None),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
+
+
+def rounded(params: Any, dtype: str) -> Any:
+    """The parameters in `dtype`, all but those of `UNROUNDED`."""
+
+    def cast(path: Any, x: jax.Array) -> jax.Array:
+        names = {getattr(key, "key", key) for key in path}
+        return x if names & set(UNROUNDED) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _sum_over(function: Callable[..., Any], operands: Any) -> Any:

@@ -219,6 +219,7 @@ class _Loop:
             mesh=self.mesh,
             shardings=self.shardings,
             micro_batches=micro_batches,
+            parameter_dtype=self.config.step.parameter_dtype,
         )
         begin = time.monotonic()
         compiled = train_step.lower(self.state, batch, np.float32(0)).compile()

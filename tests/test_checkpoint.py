@@ -127,6 +127,17 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path, name, ema_decay):
     assert jax.random.key_data(jax.random.split(state.rng)).shape == (2, 2)  # a key that works
 
 
+@pytest.mark.parametrize("before, after", [(True, True), (True, False), (False, True)])
+def test_moments_on_the_host_are_in_the_checkpoint_as_others_are(tmp_path, before, after):
+    mesh = {"devices": 4, "mesh": MeshConfig(data=2, fsdp=2)}
+    written, read = (Fixture(**mesh, offload=offload) for offload in (before, after))
+    write(tmp_path, written, [3])
+    (state, _), warnings = restore(tmp_path, read)
+    assert warnings == [] and jax.tree.map(lambda x: x.sharding, state) == read.shardings
+    assert_bitwise_equal(state, written.state(3))
+    assert_bitwise_equal(read._update(state, 1), written._update(written.state(3), 1))
+
+
 def test_an_empty_folder_restores_nothing(tmp_path):
     assert restore(tmp_path, Fixture())[0] is None
 

@@ -411,6 +411,8 @@ def test_muon_knows_every_kernel_of_the_transformer(scan_layers, mlp):
         ({"spike_factor": 0.5}, "spike_factor=0.5 must be at least 1"),
         ({"spike_warmup_steps": 0}, "spike_warmup_steps=0"),
         ({"name": "adafactor", "mu_dtype": "bfloat16"}, "no first moment"),
+        ({"name": "lion", "nu_dtype": "bfloat16"}, "no full second moment"),
+        ({"nu_dtype": "float16"}, "nu_dtype='float16' is unknown"),
     ],
 )
 def test_bad_settings_are_one_clear_line(changes, message):

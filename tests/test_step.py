@@ -1,5 +1,6 @@
 """The step: meshes and micro-batches change nothing, against hand-computed and golden values."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,14 +64,14 @@ def ragged_batch(seed):
     )
 
 
-def five_steps(model_config, mesh_config, micro_batches=1, name="adamw"):
+def five_steps(model_config, mesh_config, micro_batches=1, parameter_dtype="float32", **optimizer):
     """Losses, gradient norms and final parameters on the host."""
     mesh = mesh_of(mesh_config)
     model = LanguageModel(model_config)
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     # Adam's epsilon keeps updates smooth in the gradients: with the usual 1e-8 a gradient that is
     # nothing but rounding is scaled to a full step, and meshes drift apart by luck.
-    config = OptimizerConfig(name=name, clip_norm=1.0, epsilon=1e-3)
+    config = OptimizerConfig(clip_norm=1.0, epsilon=1e-3, **optimizer)
     optimizer = optim.make_optimizer(config, sharding.unbox(boxed))
 
     def init_params(rng):
@@ -84,6 +85,7 @@ def five_steps(model_config, mesh_config, micro_batches=1, name="adamw"):
         train_step = step.make_train_step(
             make_objective(model, LossConfig(chunk=8, z_loss=1e-3)), optimizer,
             mesh=mesh, shardings=shardings, micro_batches=micro_batches,
+            parameter_dtype=parameter_dtype,
         )  # fmt: skip
         metrics = []
         for number in range(STEPS):
@@ -132,6 +134,82 @@ def test_accumulation_is_the_large_batch(reference, mesh, micro_batches):
     assert_same_steps(five_steps(MODELS[name], MESHES[mesh], micro_batches), expected)
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_moments_on_the_host_change_no_bit():
+    small = dataclasses.replace(MODELS["untied_scanned"], num_layers=1)
+    plain = five_steps(small, MESHES["2x2x2"])
+    offloaded = five_steps(small, MESHES["2x2x2"], offload=True)
+    assert plain[:2] == offloaded[:2]
+    jax.tree.map(np.testing.assert_array_equal, plain[2], offloaded[2])
+
+
+def test_moments_live_on_the_host_and_nothing_else_does():
+    mesh = mesh_of(MESHES["4x2"])
+    params = {"kernel": Named(jax.ShapeDtypeStruct((8, 4), jnp.float32), ("embed", "mlp"))}
+
+    def kinds(**changes):
+        config = OptimizerConfig(**changes)
+        _, shardings = step.init_state(
+            lambda rng: {"kernel": jnp.zeros((8, 4))},
+            optim.make_optimizer(config, sharding.unbox(params)),
+            0,
+            mesh,
+            sharding.parameter_shardings(mesh, params),
+        )
+        leaves = jax.tree_util.tree_leaves_with_path(shardings)
+        return {jax.tree_util.keystr(p) for p, s in leaves if s.memory_kind == "pinned_host"}
+
+    assert kinds() == set()
+    hosted = kinds(offload=True, ema_decay=0.9)  # the average is what evaluations read
+    assert len(hosted) == 2 and all("mu" in name or "nu" in name for name in hosted)
+
+
+HALF = dataclasses.replace(MODELS["untied_scanned"], dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def half_reference():
+    return five_steps(HALF, MESHES["1"])
+
+
+@pytest.mark.parametrize("mesh, micro_batches", [("1", 1), ("4x2", 2)])
+def test_rounded_parameters_give_the_same_loss_and_close_steps(half_reference, mesh, micro_batches):
+    losses, norms, params = five_steps(HALF, MESHES[mesh], micro_batches, "bfloat16")
+    if (mesh, micro_batches) == ("1", 1):
+        assert losses[0] == half_reference[0][0]  # products round their operands in any case
+        assert norms[0] != half_reference[1][0]  # gradients are not
+    np.testing.assert_allclose(losses, half_reference[0], rtol=1e-2)
+    np.testing.assert_allclose(norms[0], half_reference[1][0], rtol=5e-3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_what_is_computed_in_float32_is_not_rounded():
+    moe = dataclasses.replace(HALF, moe=MoeConfig(4), attention_bias="all")
+    shapes = sharding.unbox(jax.eval_shape(LanguageModel(moe).init, jax.random.key(0)))
+    rounded = jax.eval_shape(lambda params: step.rounded(params, "bfloat16"), shapes)
+    kept = {
+        path[-1].key
+        for path, leaf in jax.tree_util.tree_leaves_with_path(rounded)
+        if leaf.dtype == jnp.float32
+    }
+    assert kept == {"scale", "bias", "router"}
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    """300 · 1 is no bfloat16 sum: from 256 on, 1 is half of what the last bit means."""
+
+    def objective(params, batch, rng):
+        weights = batch[1]
+        return Mean(jnp.sum(params["w"].astype(jnp.float32) * weights), jnp.sum(weights) / 300), {}
+
+    _, (metrics,) = some_steps(
+        np.ones(300), np.ones(300), 300, objective, parameter_dtype="bfloat16"
+    )
+    assert metrics["grad_norm"] == pytest.approx(300)
+
+
 # --- against numbers computed by hand -------------------------------------------------------------
 
 
@@ -145,8 +223,9 @@ def weighted_square(params, batch, rng):
 
 
 def some_steps(
-    values, weights, micro_batches=1, objective=weighted_square, mesh=MESHES["1"], steps=1
-):
+    values, weights, micro_batches=1, objective=weighted_square, mesh=MESHES["1"], steps=1,
+    **settings,
+):  # fmt: skip
     """The last parameter, and the metrics of every step."""
     mesh = mesh_of(mesh)
     optimizer = optim.make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=None), {"w": 0.0})
@@ -161,8 +240,9 @@ def some_steps(
         )
         state = step.materialise(init_params, optimizer, 0, shardings)
         train_step = step.make_train_step(
-            objective, optimizer, mesh=mesh, shardings=shardings, micro_batches=micro_batches
-        )
+            objective, optimizer, mesh=mesh, shardings=shardings, micro_batches=micro_batches,
+            **settings,
+        )  # fmt: skip
         batch = tuple(np.float32(x)[:, None] for x in (values, weights))
         metrics = []
         for _ in range(steps):
@@ -314,6 +394,11 @@ def test_the_load_balance_of_experts_is_that_of_the_whole_batch(one_pass, mesh, 
 def test_micro_batches_are_the_fewest_that_fit(mesh, batch, length, tokens, expected):
     config = StepConfig(micro_batch_tokens=tokens)
     assert step.micro_batches(config, batch, length, mesh_of(MESHES[mesh])) == expected
+
+
+def test_a_parameter_dtype_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"config\.step\.parameter_dtype='fp8' must be"):
+        StepConfig(parameter_dtype="fp8")
 
 
 @pytest.mark.parametrize("batch, hint", [(12, "such as 16"), (3, "such as 8"), (19, "such as 16")])

@@ -20,6 +20,7 @@ import numpy as np
 
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.models.product import batched_product
+from llm_jax.models.remat import named
 from llm_jax.sharding import spec
 
 if TYPE_CHECKING:
@@ -76,13 +77,16 @@ def attention(
     segments = (query_segment_ids_BT, key_segment_ids_BS)
     scale = q_BKGTH.shape[-1] ** -0.5 if scale is None else scale
     if backend == "einsum":
-        return _einsum(
+        out_BKGTH = _einsum(
             q_BKGTH, k_BKSH, v_BKSH, segments, query_places_BT, scale, window, soft_cap, dropout,
             dropout_rng,
         )  # fmt: skip
+        return named(out_BKGTH, "attention_output")
     if backend == "splash":
         return _splash(q_BKGTH, k_BKSH, v_BKSH, segments, scale, window, soft_cap, interpret)
-    return _dot_product_attention(q_BKGTH, k_BKSH, v_BKSH, segments, scale, window, backend)
+    out_BKGTH = _dot_product_attention(q_BKGTH, k_BKSH, v_BKSH, segments, scale, window, backend)
+    # The policies of `remat` know the outputs of both flash kernels by other means.
+    return out_BKGTH if backend == "cudnn" else named(out_BKGTH, "attention_output")
 
 
 def check_backend(backend: str, *, dtype: jax.typing.DTypeLike, soft_cap: float | None,
@@ -289,6 +293,7 @@ def _splash_local(q, k, v, segments, scale, window, soft_cap, interpret):
             block_kv_dq=block,
         ),
         attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name="attention_output",
         interpret=interpret,
     )
     out = jax.vmap(kernel)(q, k, v, ids)

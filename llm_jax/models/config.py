@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Literal
 
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, did_you_mean
+from llm_jax.models.int8_product import Matmul
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
+from llm_jax.models.remat import Remat
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
 LayerKind = Literal["global", "local"]
@@ -17,6 +20,7 @@ LayerKind = Literal["global", "local"]
 # stage before it: nothing here changes what the inherited parameters mean.
 RUNTIME_FIELDS = (
     "dtype",
+    "matmul",
     "remat",
     "attention_backend",
     "residual_dropout",
@@ -70,10 +74,13 @@ class ModelConfig:
     neftune_alpha: float = 0.0  # noise on embeddings in training (arXiv:2310.05914); about 5
     lora: LoraConfig | None = None  # the settings of adapters, where the parameters hold some
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and activations
+    # 8-bit operands in the projections of attention and MLP: in the forward product, or in the
+    # gradient of its inputs, too. Embeddings, norms, attention and logits are as `dtype` says.
+    matmul: Matmul = "default"
     scan_layers: bool = False  # one compiled block, looped: compiles faster, fuses less
-    # What the backward pass finds saved: none = all activations, full = only block inputs,
-    # dots = matrix products, dots_no_batch = those with parameters (not attention scores).
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    # What is kept for the backward pass, from all activations (none) to only the input of each
+    # block (full), or that in the host's memory (offload); `models/remat.py` has the table.
+    remat: Remat = "none"
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
 
     def __post_init__(self) -> None:
@@ -107,6 +114,16 @@ class ModelConfig:
             raise UserError("model.local_rope is that of layers with a window: set model.window.")
         if self.parallel_residual and self.norm_placement != "before":
             raise UserError("model.parallel_residual needs model.norm_placement='before'.")
+        for name, choices in (("matmul", Matmul), ("remat", Remat)):
+            value, known = getattr(self, name), typing.get_args(choices)
+            if value not in known:
+                raise UserError(f"model.{name}={value!r} is unknown.{did_you_mean(value, known)}")
+        for name, value in (("moe", self.moe), ("lora", self.lora)):
+            if self.matmul != "default" and value is not None:
+                raise UserError(
+                    f"model.matmul={self.matmul!r} is for dense kernels that are trained, and "
+                    f"model.{name} has others: leave one of the two out."
+                )
         self._check_pattern()
 
     def _check_rope(self) -> None:

@@ -93,8 +93,10 @@ class LanguageModel:
         return result
 
     def output_kernel(self, params: Any) -> jax.Array:
-        """The output projection, float32 [embed, vocab]."""
-        return turned(params["embedding"]) if self.config.tie_embeddings else params["output"]
+        """The output projection, float32 [embed, vocab], as gradients over many chunks add up."""
+        tied = self.config.tie_embeddings
+        kernel = turned(params["embedding"]) if tied else params["output"]
+        return kernel.astype(jnp.float32)
 
     def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.errors import UserError
+from llm_jax.models.int8_product import Matmul, int8_product
 from llm_jax.models.kernels import LAYOUTS, Layout
 from llm_jax.models.lora import ADAPTERS, LoraConfig, adapted
 from llm_jax.models.quantize import Quantized, kernel_product
+from llm_jax.models.remat import named
 from llm_jax.sharding import Named, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -74,6 +76,7 @@ class Projection(nn.Module):
     use_bias: bool = False
     scale: float = 1.0
     lora: LoraConfig | None = None
+    matmul: Matmul = "default"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,6 +84,8 @@ class Projection(nn.Module):
         kernel = self._kernel(layout)
         if self.has_variable("params", ADAPTERS):
             y = self._adapted(x, kernel, layout)
+        elif self.matmul != "default":
+            y = int8_product(x, kernel, self.dtype, layout.contracted, self.matmul == "int8")
         else:
             y = kernel_product(x, kernel, self.dtype, layout.contracted)
         y = y.astype(self.dtype)
@@ -138,20 +143,22 @@ class MLP(nn.Module):
     use_bias: bool
     output_scale: float
     lora: LoraConfig | None = None
+    matmul: Matmul = "default"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.kind]
         D, M = self.embed_dim, self.mlp_dim
         if self.kind not in GATED:
-            up = Projection((D, M), self.dtype, self.use_bias, lora=self.lora, name="up")
-            h_BTM = activation(up(x_BTD))
+            up = Projection((D, M), self.dtype, self.use_bias, lora=self.lora, matmul=self.matmul,
+                            name="up")  # fmt: skip
+            h_BTM = activation(named(up(x_BTD), "gate_up"))
         else:
             gate_up = Projection((D, 2, M), self.dtype, self.use_bias, lora=self.lora,
-                                 name="gate_up")  # fmt: skip
-            gate_BTM, up_BTM = unstack(gate_up(x_BTD), axis=-2)
+                                 matmul=self.matmul, name="gate_up")  # fmt: skip
+            gate_BTM, up_BTM = unstack(named(gate_up(x_BTD), "gate_up"), axis=-2)
             h_BTM = activation(gate_BTM) * up_BTM
         h_BTM = constrain(h_BTM, "activation_batch", "activation_time", "activation_mlp")
         down = Projection((M, D), self.dtype, self.use_bias, self.output_scale, self.lora,
-                          name="down")  # fmt: skip
+                          self.matmul, name="down")  # fmt: skip
         return down(h_BTM)

@@ -21,6 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.grouped import grouped_product
 from llm_jax.models.layers import ACTIVATIONS, GATED, parameter, unstack
 from llm_jax.models.product import product
+from llm_jax.models.remat import named
 from llm_jax.sharding import RULES, constrain, spec
 
 Kernels = dict[str, jax.Array]
@@ -140,10 +141,10 @@ class MixtureOfExperts(nn.Module):
         """The experts' MLPs, float32 [..., D]; `multiply(x, kernel)` knows whose row is whose."""
         activation = ACTIVATIONS[self.kind]
         if self.gated:
-            both = multiply(x, kernels["gate_up"]).astype(self.dtype)
+            both = named(multiply(x, kernels["gate_up"]).astype(self.dtype), "gate_up")
             gate, up = unstack(both, axis=-2)
             return multiply(activation(gate) * up, kernels["down"])
-        up = multiply(x, kernels["up"]).astype(self.dtype)
+        up = named(multiply(x, kernels["up"]).astype(self.dtype), "gate_up")
         return multiply(activation(up), kernels["down"])
 
     # --- no token is dropped ----------------------------------------------------------------------
@@ -162,7 +163,7 @@ class MixtureOfExperts(nn.Module):
         def local(x_BTD: jax.Array, choices: Choices, kernels: Kernels) -> jax.Array:
             gather = functools.partial(jax.lax.all_gather, tiled=True)
             kernels = {
-                name: gather(kernel, RULES["embed"], axis=KERNEL_AXES[name].index("embed"))
+                name: _gathered(kernel, KERNEL_AXES[name].index("embed"), self.dtype)
                 for name, kernel in kernels.items()
             }
             x_BTD, choices = gather((x_BTD, choices), RULES["experts"])
@@ -294,6 +295,24 @@ def _to_rows(y_EBCD: jax.Array) -> jax.Array:
     """The inverse of `_to_experts`."""
     y_EBCD = constrain(y_EBCD, "activation_experts", "activation_expert_batch", None, None)
     return constrain(y_EBCD.swapaxes(0, 1), "activation_batch", None, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The whole of a kernel whose shards lie along an axis, inside a shard_map.
+
+    It travels in `dtype`, to which products round it in any case; its gradient as it comes.
+    """
+    whole = jax.lax.all_gather(kernel.astype(dtype), RULES["embed"], axis=axis, tiled=True)
+    return whole.astype(kernel.dtype)
+
+
+def _scattered(axis: int, dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
+    del dtype
+    return (jax.lax.psum_scatter(g, RULES["embed"], scatter_dimension=axis, tiled=True),)
+
+
+_gathered.defvjp(lambda kernel, axis, dtype: (_gathered(kernel, axis, dtype), None), _scattered)
 
 
 def _pad_rows(x: jax.Array, rows: int, value: float) -> jax.Array:

@@ -15,9 +15,10 @@ def product(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int = 1) ->
     """The last `contracted` dimensions of x with the first ones of a kernel, float32 [..., F...].
 
     Operands are rounded to `dtype`, sums and results are float32: forward, and in the gradients.
+    (Of a bfloat16 kernel the gradient's sums are rounded before they travel between devices.)
 
     Args:
-      x: [..., C...]. kernel: float32 [C..., F...].
+      x: [..., C...]. kernel: [C..., F...].
       dtype: of the operands, such as bfloat16.
     """
     return _forward(x, kernel, dtype, contracted)[0]
@@ -31,12 +32,23 @@ def _forward(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int) -> tu
 
 def _backward(dtype: Any, contracted: int, residuals: Any, g: jax.Array) -> Any:
     x, kernel = residuals
-    lead = x.ndim - contracted
     g = g.astype(dtype)
-    dx = _dot(g, kernel.astype(dtype), range(lead, g.ndim), range(contracted, kernel.ndim))
-    x_turned = turned(x, lead)
-    d_kernel = _dot(x_turned, g, range(contracted, x.ndim), range(lead))
-    return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
+    return input_gradient(x, kernel, g, contracted), kernel_gradient(x, kernel, g, contracted)
+
+
+def input_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, contracted: int) -> jax.Array:
+    """What `product` passes to x; x and g have the operands' dtype."""
+    outputs = range(x.ndim - contracted, g.ndim)
+    dx = _dot(g, kernel.astype(g.dtype), outputs, range(contracted, kernel.ndim))
+    return dx.astype(x.dtype)
+
+
+def kernel_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, contracted: int) -> jax.Array:
+    """What `product` passes to its kernel; x and g have the operands' dtype."""
+    lead = x.ndim - contracted
+    sum_dtype = jnp.promote_types(g.dtype, kernel.dtype)
+    d_kernel = _dot(turned(x, lead), g, range(contracted, x.ndim), range(lead), sum_dtype)
+    return d_kernel.astype(kernel.dtype)
 
 
 product.defvjp(_forward, _backward)
@@ -71,9 +83,11 @@ def _batched_dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Ar
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axes: range, b_axes: range) -> jax.Array:
+def _dot(
+    a: jax.Array, b: jax.Array, a_axes: range, b_axes: range, dtype: Any = jnp.float32
+) -> jax.Array:
     dimensions = ((tuple(a_axes), tuple(b_axes)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

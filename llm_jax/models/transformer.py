@@ -23,14 +23,10 @@ from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
 from llm_jax.models.moe import MixtureOfExperts, Routing
+from llm_jax.models.remat import named, policy
 from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 RESIDUAL_AXES = ("activation_batch", "activation_residual_time", "activation_embed")
 ROWS_AXES = ("activation_rows", "activation_residual_time", "activation_embed")
 HEADS_AXES = ("activation_batch", "activation_heads")
@@ -66,7 +62,7 @@ class Attention(nn.Module):
         D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
         qkv_BTKFH = Projection(
             (D, K, G + 2, H), config.dtype, config.attention_bias != "none", lora=config.lora,
-            name="qkv",
+            matmul=config.matmul, name="qkv",
         )(x_BTD)  # fmt: skip
         q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKFH, (G, G + 1), axis=3)
         if config.qk_norm != "none":
@@ -82,7 +78,9 @@ class Attention(nn.Module):
             sin, cos = (table[:, None, None] for table in rotation)
             q_BKGTH = apply_rotary(q_BKGTH, sin, cos)
             k_BK1TH = apply_rotary(k_BK1TH, sin, cos)
-        k_BKTH, v_BKTH = k_BK1TH[:, :, 0], v_BK1TH[:, :, 0]
+        q_BKGTH, k_BKTH, v_BKTH = (
+            named(part, "qkv") for part in (q_BKGTH, k_BK1TH[:, :, 0], v_BK1TH[:, :, 0])
+        )
 
         backend, places_BT = self.backend, None
         if cache is not None:
@@ -114,7 +112,7 @@ class Attention(nn.Module):
         out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
         output = Projection(
             (K * G, H, D), config.dtype, config.attention_bias == "all", _residual_scale(config),
-            config.lora, name="output",
+            config.lora, config.matmul, name="output",
         )  # fmt: skip
         return output(out_BNTH.swapaxes(1, 2)), cache
 
@@ -141,9 +139,11 @@ class Block(nn.Module):
                 added_BTD = _norm(config, name=f"{branch}_post_norm")(added_BTD)
             return dropout(added_BTD)
 
+        x_BTD = named(x_BTD, "block_input")
         attend = Attention(config, self.backend, self.window, name="attention")
         added_BTD, cache = attend(enter(x_BTD, "attention"), row, cache)
         attended_BTD = constrain(x_BTD + leave(added_BTD, "attention"), *RESIDUAL_AXES)
+        attended_BTD = named(attended_BTD, "attended")
         read_BTD = enter(x_BTD if config.parallel_residual else attended_BTD, "mlp")
         added_BTD, routing = self._mlp(read_BTD, row)
         x_BTD = constrain(attended_BTD + leave(added_BTD, "mlp"), *RESIDUAL_AXES)
@@ -153,7 +153,7 @@ class Block(nn.Module):
         config, scale = self.config, _residual_scale(self.config)
         if config.moe is None:
             mlp = MLP(config.mlp, config.embed_dim, config.mlp_dim, config.dtype, config.mlp_bias,
-                      scale, config.lora, name="mlp")  # fmt: skip
+                      scale, config.lora, config.matmul, name="mlp")  # fmt: skip
             return mlp(x_BTD), None
         experts = MixtureOfExperts(config.moe, config.mlp, config.embed_dim, config.mlp_dim,
                                    config.dtype, scale, name="moe")  # fmt: skip
@@ -319,4 +319,4 @@ def _remat_block(config: ModelConfig) -> type[Block]:
     # A scanned body with one block is never merged with its own recomputation, so the barriers
     # that keep the compiler from doing so are left out there.
     alone = config.scan_layers and len(config.windows) == 1
-    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not alone)
+    return nn.remat(Block, policy=policy(config.remat), prevent_cse=not alone)

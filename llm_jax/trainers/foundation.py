@@ -21,6 +21,7 @@ from llm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.mesh import require_host_memory
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import RUNTIME_FIELDS, check_length
 from llm_jax.models.size import (
@@ -209,6 +210,7 @@ def lay(
     origin = Origin.find(config, workdir, heads)
     tokenizer = new_tokenizer() if origin is None else origin.stored.tokenizer()
     model = _model(config.model, origin, tokenizer, log)
+    _check_memory(config, model, mesh)
     return Foundation(
         config=config,
         mesh=mesh,
@@ -279,6 +281,18 @@ def _model(
             f"{asked.vocab_size}: raise it, or leave it out to take the tokenizer's."
         )
     return asked
+
+
+def _check_memory(config: Any, model: ModelConfig, mesh: Mesh) -> None:
+    if config.optimizer.offload:
+        require_host_memory(mesh, "config.optimizer.offload")
+    if model.remat == "offload":
+        require_host_memory(mesh, "config.model.remat='offload'")
+    if config.step.parameter_dtype != "float32" and model.dtype != config.step.parameter_dtype:
+        raise UserError(
+            f"config.step.parameter_dtype={config.step.parameter_dtype!r} rounds what products of "
+            f"model.dtype={model.dtype!r} read exactly: set config.model.dtype to it, too."
+        )
 
 
 def _template(asked: str | None, origin: Origin | None) -> ChatTemplate:

@@ -52,6 +52,7 @@ class BareStep:
             mesh=mesh,
             shardings=self._shardings,
             micro_batches=self.micro_batches,
+            parameter_dtype=config.step.parameter_dtype,
         )
         self._rate = np.float32(config.optimizer.learning_rate)
         self._done = 0
