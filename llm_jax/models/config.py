@@ -19,6 +19,7 @@ RUNTIME_FIELDS = (
     "dtype",
     "remat",
     "attention_backend",
+    "context_attention",
     "residual_dropout",
     "attention_dropout",
     "neftune_alpha",
@@ -75,6 +76,9 @@ class ModelConfig:
     # dots = matrix products, dots_no_batch = those with parameters (not attention scores).
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
+    # Where config.mesh.context splits rows: keys and values go round the devices, or every device
+    # gathers all of them for a layer at a time.
+    context_attention: Literal["ring", "all_gather"] = "ring"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
