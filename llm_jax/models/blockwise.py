@@ -127,9 +127,8 @@ def _scores(
         scores_BKGCS = soft_cap * jnp.tanh(scores_BKGCS / soft_cap)
     if offset is not None:
         places_1C = (offset + jnp.arange(C))[None]
-        mask_BCS = attention_mask(
-            places_1C, jnp.arange(k_BKSH.shape[2]), *(segments or (None, None)), window
-        )
+        ids_BC, ids_BS = (None, None) if segments is None else segments
+        mask_BCS = attention_mask(places_1C, jnp.arange(k_BKSH.shape[2]), ids_BC, ids_BS, window)
     elif segments is not None:
         mask_BCS = segments[0][:, :, None] == segments[1][:, None, :]
     else:

@@ -65,6 +65,7 @@ class Layer:
 
     def _is_seen(self, offset: jax.Array, k: jax.Array) -> jax.Array:
         """Whether the first query's window reaches the last key."""
+        assert self.window is not None
         return offset - (k.shape[-2] - 1) < self.window
 
 

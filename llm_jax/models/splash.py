@@ -186,7 +186,7 @@ def _mask_info(band: Band, run: tuple[jax.Array, jax.Array]) -> Any:
     if band.offset is None:
         return splash_attention_mask_info.MaskInfo(None, None, None, None, None)
     blocks, seen = (x.astype(jnp.int32)[None] for x in run)
-    places_C = band.start + jnp.arange(band.queries, dtype=jnp.int32)
+    places_C: Any = band.start + jnp.arange(band.queries, dtype=jnp.int32)
     return splash_attention_mask_info.MaskInfo(blocks, None, seen, None, places_C)
 
 
