@@ -106,6 +106,24 @@ def test_kernels_of_splash_equal_products(kind, settings):
     compare(mesh, (1, 1, 2, 512, 8), kind, backend="splash", **settings)
 
 
+@pytest.mark.parametrize("kind", ["ring", "all_gather"])
+def test_groups_of_layers_run_side_by_side(kind):
+    """A dimension of stages over the rows, as a pipeline has it."""
+    q, k, v, ids, probe = inputs((4, 2, 1, 16, 8))
+    (_, expected), wanted = jax.value_and_grad(whole, (0, 1, 2), has_aux=True)(q, k, v, ids, probe)
+    staged = [jnp.asarray(x).reshape(2, 2, *x.shape[1:]) for x in (q, k, v, ids, probe)]
+
+    def total(*operands):
+        sums, out = jax.vmap(functools.partial(split, kind=kind), spmd_axis_name="stage")(*operands)
+        return jnp.sum(sums), out
+
+    with jax.set_mesh(make_mesh(MeshConfig(stage=2, data=2, context=2))):
+        gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+        (_, out), gradients = gradient(*staged)
+    for one, other in zip((out, *gradients), (expected, *wanted), strict=True):
+        np.testing.assert_allclose(one.reshape(other.shape), other, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ring", "all_gather"])
 @pytest.mark.parametrize("window", [None, 100, 300, 700])
