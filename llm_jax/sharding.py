@@ -107,11 +107,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(axes, x.shape))
+
+
+def fitting_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """`spec`, without the mesh axes of time that do not divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
     entries = [
         _fitting(mesh, entry, size) if axis in TIME_AXES else entry
-        for axis, entry, size in zip(axes, spec(axes), x.shape, strict=True)
+        for axis, entry, size in zip(axes, spec(axes), shape, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return PartitionSpec(*entries)
 
 
 def _fitting(mesh: AbstractMesh, entry: Any, size: int) -> Any:

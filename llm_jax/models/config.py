@@ -23,6 +23,7 @@ RUNTIME_FIELDS = (
     "matmul",
     "remat",
     "attention_backend",
+    "context_attention",
     "residual_dropout",
     "attention_dropout",
     "neftune_alpha",
@@ -82,6 +83,9 @@ class ModelConfig:
     # block (full), or that in the host's memory (offload); `models/remat.py` has the table.
     remat: Remat = "none"
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
+    # Where config.mesh.context splits rows: keys and values go round the devices, or every device
+    # gathers all of them for a layer at a time.
+    context_attention: Literal["ring", "all_gather"] = "ring"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",

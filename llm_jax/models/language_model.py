@@ -11,6 +11,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.attention import choose_backend
 from llm_jax.models.cache import KVCache, init_cache
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.context import check_context, context_ways, lay_out, to_natural
 from llm_jax.models.moe import Routing
 from llm_jax.models.product import product, turned
 from llm_jax.models.transformer import Transformer
@@ -87,10 +88,15 @@ class LanguageModel:
     ) -> tuple[jax.Array, KVCache | None, Routing | None]:
         """`apply`, and which experts the tokens took, summed over layers; None without experts."""
         rngs = None if rng is None else {"dropout": rng}
+        ways = 1 if cache is not None else context_ways(tokens.shape[1], self.backend)
+        if ways > 1:
+            check_context(self.config, self.backend, jax.sharding.get_abstract_mesh())
+            tokens, positions, segment_ids = lay_out(tokens, positions, segment_ids, ways)
         result: Any = self._module.apply(
             {"params": params}, tokens, positions, segment_ids, cache, rngs=rngs
         )
-        return result
+        hidden, cache, routing = result
+        return (to_natural(hidden, ways) if ways > 1 else hidden), cache, routing
 
     def output_kernel(self, params: Any) -> jax.Array:
         """The output projection, float32 [embed, vocab], as gradients over many chunks add up."""

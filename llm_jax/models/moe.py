@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from llm_jax.errors import UserError
@@ -22,7 +23,7 @@ from llm_jax.models.grouped import grouped_product
 from llm_jax.models.layers import ACTIVATIONS, GATED, parameter, unstack
 from llm_jax.models.product import product
 from llm_jax.models.remat import named
-from llm_jax.sharding import RULES, constrain, spec
+from llm_jax.sharding import RULES, constrain, fitting_spec, spec
 
 Kernels = dict[str, jax.Array]
 
@@ -31,6 +32,8 @@ KERNEL_AXES = {
     "up": ("experts", "embed", "mlp"),
     "down": ("experts", "mlp", "embed"),
 }
+# An expert's places for a row are shared out over time's axis, as its tokens were.
+EXPERT_AXES = ("activation_experts", "activation_expert_batch", "activation_time", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +107,20 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, real_BT: jax.Array, *, dropless: bool
+        self,
+        x_BTD: jax.Array,
+        real_BT: jax.Array,
+        places_T: np.ndarray | None = None,
+        *,
+        dropless: bool,
     ) -> tuple[jax.Array, Routing]:
         """The experts' weighted sum [B, T, D] in `dtype`, 0 on padding; and how tokens chose.
 
         Args:
           x_BTD: the input.
           real_BT: bool; padding goes to no expert and counts nowhere.
+          places_T: the place of each token in its row, by which an expert at its capacity takes
+            them; None = 0, 1, 2, ...
           dropless: drop no token whatever the capacity factor.
         """
         E, D, M = self.config.num_experts, self.embed_dim, self.mlp_dim
@@ -127,7 +137,7 @@ class MixtureOfExperts(nn.Module):
         if capacity is None:
             out_BTD = self._dropless(x_BTD, choices, kernels)
         else:
-            out_BTD, dropped = self._dropping(x_BTD, choices, kernels, capacity)
+            out_BTD, dropped = self._dropping(x_BTD, choices, kernels, capacity, places_T)
             routing = dataclasses.replace(routing, dropped=dropped)
         return out_BTD.astype(self.dtype), routing
 
@@ -172,7 +182,7 @@ class MixtureOfExperts(nn.Module):
             part_BTD = jax.lax.psum(self._grouped(x_BTD, choices, kernels), RULES["mlp"])
             return jax.lax.psum_scatter(part_BTD, RULES["experts"], tiled=True)
 
-        rows = spec(("activation_batch",))
+        rows = fitting_spec(("activation_batch", "activation_time"), x_BTD.shape[:2])
         # A few prompts need not fill the shards: rows of padding do.
         batch = x_BTD.shape[0]
         padding = -batch % math.prod(mesh.shape[axis] for axis in RULES["activation_batch"])
@@ -207,10 +217,15 @@ class MixtureOfExperts(nn.Module):
     # --- up to a capacity -------------------------------------------------------------------------
 
     def _dropping(
-        self, x_BTD: jax.Array, choices: Choices, kernels: Kernels, capacity: int
+        self,
+        x_BTD: jax.Array,
+        choices: Choices,
+        kernels: Kernels,
+        capacity: int,
+        places_T: np.ndarray | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Every expert takes its first `capacity` tokens of a row: all first choices in the order
-        of the tokens, then all second ones (GShard, arXiv:2006.16668, algorithm 1).
+        of their places, then all second ones (GShard, arXiv:2006.16668, algorithm 1).
 
         Returns:
           (float32 [B, T, D], float32 [] choices of real tokens dropped)
@@ -218,7 +233,14 @@ class MixtureOfExperts(nn.Module):
         E, C = self.config.num_experts, capacity
         B, T, D = x_BTD.shape
         experts_BR = choices.experts.swapaxes(1, 2).reshape(B, -1)  # R = K·T here
-        order_BR, sizes_BE = jax.vmap(functools.partial(_queues, num_experts=E))(experts_BR)
+        queues = jax.vmap(functools.partial(_queues, num_experts=E))
+        if places_T is None:
+            order_BR, sizes_BE = queues(experts_BR)
+        else:
+            in_turn_KT = np.arange(self.config.experts_per_token)[:, None] * T
+            in_turn_R = (in_turn_KT + np.argsort(places_T)).reshape(-1)
+            order_BR, sizes_BE = queues(experts_BR[:, in_turn_R])
+            order_BR = jnp.asarray(in_turn_R, order_BR.dtype)[order_BR]
         begins_BE = jnp.cumsum(sizes_BE, axis=1) - sizes_BE
 
         taken_BEC = jnp.arange(C) < sizes_BE[..., None]
@@ -286,15 +308,15 @@ def _weighted_sum(y_BTKD: jax.Array, weights_BTK: jax.Array) -> jax.Array:
 
 def _to_experts(x_BECD: jax.Array) -> jax.Array:
     """[E, B, C, D], tokens where their expert is: an all-to-all over the expert axis."""
-    x_BECD = constrain(x_BECD, "activation_batch", None, None, None)
+    x_BECD = constrain(x_BECD, "activation_batch", None, "activation_time", None)
     x_EBCD = x_BECD.swapaxes(0, 1)
-    return constrain(x_EBCD, "activation_experts", "activation_expert_batch", None, None)
+    return constrain(x_EBCD, *EXPERT_AXES)
 
 
 def _to_rows(y_EBCD: jax.Array) -> jax.Array:
     """The inverse of `_to_experts`."""
-    y_EBCD = constrain(y_EBCD, "activation_experts", "activation_expert_batch", None, None)
-    return constrain(y_EBCD.swapaxes(0, 1), "activation_batch", None, None, None)
+    y_EBCD = constrain(y_EBCD, *EXPERT_AXES)
+    return constrain(y_EBCD.swapaxes(0, 1), "activation_batch", None, "activation_time", None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -21,9 +21,11 @@ from flax import linen as nn
 from llm_jax.models.attention import attention
 from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.context import context_ways, zigzag
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
 from llm_jax.models.moe import MixtureOfExperts, Routing
 from llm_jax.models.remat import named, policy
+from llm_jax.models.ring import context_attention
 from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
@@ -95,20 +97,29 @@ class Attention(nn.Module):
             backend = "einsum"
             places_BT = row.lengths[:, None] + jnp.arange(x_BTD.shape[1])
         drop = config.attention_dropout > 0 and self.has_rng("dropout")
-        out_BKGTH = attention(
-            q_BKGTH,
-            k_BKTH,
-            v_BKTH,
-            backend=backend,
-            scale=config.attention_scale,
-            query_segment_ids_BT=row.query_segment_ids,
-            key_segment_ids_BS=row.key_segment_ids,
-            query_places_BT=places_BT,
-            window=self.window,
-            soft_cap=config.attention_soft_cap,
-            dropout=config.attention_dropout,
-            dropout_rng=self.make_rng("dropout") if drop else None,
-        )
+        settings: dict[str, Any] = {
+            "backend": backend,
+            "scale": config.attention_scale,
+            "window": self.window,
+            "soft_cap": config.attention_soft_cap,
+        }
+        if cache is None and context_ways(x_BTD.shape[1], backend) > 1:
+            out_BKGTH = context_attention(
+                q_BKGTH, k_BKTH, v_BKTH, row.query_segment_ids, kind=config.context_attention,
+                **settings,
+            )  # fmt: skip
+        else:
+            out_BKGTH = attention(
+                q_BKGTH,
+                k_BKTH,
+                v_BKTH,
+                query_segment_ids_BT=row.query_segment_ids,
+                key_segment_ids_BS=row.key_segment_ids,
+                query_places_BT=places_BT,
+                dropout=config.attention_dropout,
+                dropout_rng=self.make_rng("dropout") if drop else None,
+                **settings,
+            )
         out_BNTH = out_BKGTH.reshape(out_BKGTH.shape[0], K * G, -1, H)
         output = Projection(
             (K * G, H, D), config.dtype, config.attention_bias == "all", _residual_scale(config),
@@ -161,7 +172,11 @@ class Block(nn.Module):
         if row.query_segment_ids is not None:
             real_BT = row.query_segment_ids != 0
         # Which tokens an expert drops depends on all of the row, and a cached row comes in parts.
-        return experts(x_BTD, real_BT, dropless=row.lengths is not None)
+        if row.lengths is not None:
+            return experts(x_BTD, real_BT, dropless=True)
+        ways = context_ways(x_BTD.shape[1], self.backend)
+        places_T = zigzag(x_BTD.shape[1], ways) if ways > 1 else None
+        return experts(x_BTD, real_BT, places_T, dropless=False)
 
 
 class Group(nn.Module):

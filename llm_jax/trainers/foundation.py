@@ -24,6 +24,7 @@ from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.mesh import require_host_memory
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import RUNTIME_FIELDS, check_length
+from llm_jax.models.context import check_context
 from llm_jax.models.size import (
     active_parameter_count,
     adapter_count,
@@ -78,8 +79,10 @@ class Foundation:
         phases = plan(
             self.config.phases, self.config.optimizer, self.model.rope, weights, sequences
         )
+        backend = LanguageModel(self.model).backend
         for phase in phases:
             check_length(self.model, phase.length)
+            check_context(self.model, backend, self.mesh, phase.length)
             self.micro_batches(phase)
         batch, shards = self.config.evaluation.batch, sharding.batch_shards(self.mesh)
         if batch is not None and (batch < 1 or batch % shards):
@@ -94,7 +97,7 @@ class Foundation:
             trained = f"{adapter_count(self.model):,} parameters in adapters of {trained}"
         self.log(
             f"{trained}, {flops_per_token(self.model, phases[0].length):,.0f} FLOPs a token at "
-            f"length {phases[0].length}, attention by {LanguageModel(self.model).backend}"
+            f"length {phases[0].length}, attention by {backend}"
         )
         return phases
 
