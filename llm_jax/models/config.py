@@ -8,6 +8,7 @@ from typing import Literal
 from llm_jax.errors import UserError
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
+from llm_jax.models.pipeline import PipelineConfig
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
 LayerKind = Literal["global", "local"]
@@ -23,6 +24,7 @@ RUNTIME_FIELDS = (
     "attention_dropout",
     "neftune_alpha",
     "lora",
+    "pipeline",
 )
 
 
@@ -74,6 +76,8 @@ class ModelConfig:
     # What the backward pass finds saved: none = all activations, full = only block inputs,
     # dots = matrix products, dots_no_batch = those with parameters (not attention scores).
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    # Of the micro-batches through the stages of the mesh, where it has more than one.
+    pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
 
     def __post_init__(self) -> None:
