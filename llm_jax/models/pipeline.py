@@ -23,6 +23,7 @@ through in one iteration.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,8 @@ def pipeline(
     first_S = (stage_S == 0)[:, None, None, None]
     last_S = (stage_S == S - 1)[:, None, None, None]
 
+    # Linear: the backward pass needs nothing of it, and so gets nothing but the iteration.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def hand_on(x_S: jax.Array, stream_SJ: jax.Array, iteration: Any) -> tuple[Any, Any]:
         """What the stages work on in an iteration, given what they made in the one before.
 

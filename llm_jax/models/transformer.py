@@ -345,7 +345,9 @@ def _remat_block(config: ModelConfig, repeat: jax.Array | None = None) -> Any:
         # Inside what is computed again, so that the backward pass keeps no copy of the parameters
         # for every repeat and micro-batch; without remat it looks up these (and little else) again.
         block = nn.map_variables(
-            Block, "params", lambda params: jax.tree.map(lambda x: x[repeat], params)
+            Block,
+            "params",
+            lambda params: jax.tree.map(lambda x: jnp.take(x, repeat, axis=0, mode="clip"), params),
         )
         policy = policy or (lambda primitive, *_, **__: primitive is not jax.lax.gather_p)
     if policy is None:
