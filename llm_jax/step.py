@@ -51,9 +51,7 @@ class StepConfig:
 CPU_MICRO_BATCH_TOKENS = 512
 
 
-def micro_batches(
-    config: StepConfig, batch: int, length: int, mesh: Mesh, pieces: int = 1
-) -> int:
+def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh, pieces: int = 1) -> int:
     """Into how many micro-batches a `[batch, length]` global batch is cut.
 
     Args:

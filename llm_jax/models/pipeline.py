@@ -232,8 +232,9 @@ def _per_stage(config: ModelConfig, stages: int) -> int:
     groups, repeats = config.num_layers // len(config.windows), config.pipeline.repeats
     if groups % (stages * repeats):
         fitting = [n for n in range(1, groups + 1) if groups % (n * repeats) == 0]
-        nearest = _nearest(fitting, stages)
-        mend = f"the nearest config.mesh.stage that does is {nearest}" if fitting else "lower it"
+        mend = "lower it"
+        if fitting:
+            mend = f"the nearest config.mesh.stage that does is {_nearest(fitting, stages)}"
         raise UserError(
             f"the model's {groups} groups of layers are not divided by config.mesh.stage={stages} "
             f"x model.pipeline.repeats={repeats}: {mend}."

@@ -227,7 +227,7 @@ class Transformer(nn.Module):
             x_BTD += _embedding_noise(
                 self.make_rng("dropout"), config.neftune_alpha, x_BTD, segment_ids_BT
             )
-        caches = None if cache is None else cache.layers
+        caches: Any = None if cache is None else cache.layers
         routings: Any
         if config.scan_layers and stages() > 1 and cache is None and not self.is_initializing():
             x_BTD, routings = self._pipeline(x_BTD, row)
@@ -272,7 +272,7 @@ class Transformer(nn.Module):
             return x_BTD, routings
 
         rng = self.make_rng("dropout") if self.has_rng("dropout") else None
-        params = self.get_variable("params", "layers")
+        params: Any = self.get_variable("params", "layers")
         return pipeline(apply, params, x_BTD, row, self.config, rng)
 
 

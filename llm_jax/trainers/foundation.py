@@ -106,9 +106,7 @@ class Foundation:
         parts = stages * micro_batches_per_stage(self.model, self.mesh)
         groups = "" if repeats == 1 else f" with {repeats} groups of layers each"
         bubble = bubble_share(stages, parts, repeats)
-        self.log(
-            f"pipeline of {stages} stages{groups}, {parts} micro-batches, {bubble:.0%} bubble"
-        )
+        self.log(f"pipeline of {stages} stages{groups}, {parts} micro-batches, {bubble:.0%} bubble")
 
     def micro_batches(self, phase: Phase) -> int:
         length = phase.length * phase.sequences

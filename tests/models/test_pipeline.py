@@ -218,9 +218,7 @@ def alone(config):
 
 def assert_same(found, expected):
     """1e-5 of a leaf's largest value: float32 sums in another order."""
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
         scale = max(np.abs(wanted).max(), 1e-3)
         name = jax.tree_util.keystr(path)
@@ -275,7 +273,9 @@ def test_activations_pass_to_the_neighbour_and_parameters_stay():
     kernels = {x.shape[1:] for x in jax.tree.leaves(parameters(config)[0]["layers"]) if x.ndim > 2}
     gathered = collectives(program, "all-gather")
     assert gathered  # rows for the loss of this CPU, and what says which tokens belong together
-    assert not [shape for shape in gathered for kernel in kernels if shape[-len(kernel) :] == kernel]
+    assert not [
+        shape for shape in gathered for kernel in kernels if shape[-len(kernel) :] == kernel
+    ]
     assert " all-to-all(" not in program
     assert " all-to-all(" in case("interleaved")[1]
 
