@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # Before and after the layers the devices of all stages share the rows.
     "activation_rows": ("stage", "data", "fsdp", "expert"),
     "activation_batch": ("data", "fsdp", "expert"),
+    "activation_stages": ("stage",),  # what each stage of the pipeline works on
     "activation_time": ("context",),
     # The residual stream between the products, which the tensor axis does not split otherwise.
     "activation_residual_time": ("context", "tensor"),

@@ -66,32 +66,45 @@ UNROUNDED = (*optim.UNDECAYED, "router", *HEADS)
 CPU_MICRO_BATCH_TOKENS = 512
 
 
-def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh) -> int:
+def micro_batches(config: StepConfig, batch: int, length: int, mesh: Mesh, pieces: int = 1) -> int:
     """Into how many micro-batches a `[batch, length]` global batch is cut.
 
+    Args:
+      pieces: into how many the model cuts the rows that a micro-batch has on each shard
+        (`models.pipeline.micro_batches_per_stage`).
+
     Raises:
-      UserError: the mesh does not divide the batch.
+      UserError: the mesh does not divide the batch, or its rows on a shard do not make the pieces.
     """
     shards = sharding.batch_shards(mesh)
-    if batch % shards:
-        nearest = max(shards, round(batch / shards) * shards)
+    if batch % (shards * pieces):
+        divisor = shards * pieces
+        nearest = max(divisor, round(batch / divisor) * divisor)
+        cut = f"the mesh's {shards} batch shards (stage x data x fsdp x expert)"
+        if pieces > 1:
+            stages = mesh.shape["stage"]
+            cut = (
+                f"the pipeline's {pieces * stages} micro-batches x {shards // stages} batch shards "
+                "(data x fsdp x expert)"
+            )
         raise UserError(
-            f"a batch of {batch} sequences is not divided by the mesh's {shards} batch shards "
-            f"(stage x data x fsdp x expert): use a multiple of {shards}, such as {nearest}."
+            f"a batch of {batch} sequences is not divided by {cut}: use a multiple of {divisor}, "
+            f"such as {nearest}."
         )
     limit = config.micro_batch_tokens
     if limit is None and mesh.devices.flat[0].platform == "cpu":
         limit = CPU_MICRO_BATCH_TOKENS
-    return fewest_parts(batch // shards, length, limit)
+    return fewest_parts(batch // shards, length, limit, pieces)
 
 
-def fewest_parts(rows: int, length: int, limit: int | None) -> int:
+def fewest_parts(rows: int, length: int, limit: int | None, pieces: int = 1) -> int:
     """Into how many equal parts `rows` rows of `length` tokens are cut, so that none has more than
-    `limit` tokens; into single rows where these have more."""
+    `limit` tokens; into `pieces` rows each where these have more. `pieces` divides every part."""
     if limit is None:
         return 1
-    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * length <= limit]
-    return fitting[0] if fitting else rows
+    most = rows // pieces
+    fitting = [n for n in range(1, most + 1) if most % n == 0 and rows // n * length <= limit]
+    return fitting[0] if fitting else most
 
 
 def init_state(

@@ -35,6 +35,9 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Every simulated device may wait in several collectives at once, and each wait holds a thread: with
+# as few as a small machine has cores, no thread would be left for the device that is waited for.
+os.environ.setdefault("NPROC", str(8 * DEVICES))
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
 

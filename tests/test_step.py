@@ -41,7 +41,7 @@ MESHES = {
 
 
 def mesh_of(config):
-    devices = config.data * config.fsdp * config.tensor * config.expert
+    devices = config.data * config.fsdp * config.tensor * config.expert * config.stage
     return make_mesh(config, jax.devices()[:devices])
 
 
@@ -405,6 +405,15 @@ def test_a_parameter_dtype_that_is_none_is_refused():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, hint):
     with pytest.raises(UserError, match=rf"a batch of {batch} sequences .* {hint}"):
         step.micro_batches(StepConfig(), batch, 64, mesh_of(MESHES["4x2"]))
+
+
+@pytest.mark.parametrize("length, expected", [(4, 1), (128, 2), (512, 4), (4096, 4)])
+def test_a_micro_batch_has_rows_for_every_piece_of_a_shard(length, expected):
+    """4 stages x 1 shard, 8 micro-batches of the pipeline: 2 rows of a shard are never parted."""
+    mesh = mesh_of(MeshConfig(1, stage=4))
+    assert step.micro_batches(StepConfig(), 32, length, mesh, 2) == expected
+    with pytest.raises(UserError, match=r"12 sequences .*pipeline's 8 micro-batches x 1 .*such as"):
+        step.micro_batches(StepConfig(), 12, length, mesh, 2)
 
 
 if __name__ == "__main__":  # `python -m tests.test_step` writes the golden values anew

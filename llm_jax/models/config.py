@@ -10,6 +10,7 @@ from llm_jax.errors import UserError, did_you_mean
 from llm_jax.models.int8_product import Matmul
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
+from llm_jax.models.pipeline import PipelineConfig
 from llm_jax.models.remat import Remat
 from llm_jax.models.rope import RopeConfig, rotated_dim
 
@@ -28,6 +29,7 @@ RUNTIME_FIELDS = (
     "attention_dropout",
     "neftune_alpha",
     "lora",
+    "pipeline",
 )
 
 
@@ -82,6 +84,8 @@ class ModelConfig:
     # What is kept for the backward pass, from all activations (none) to only the input of each
     # block (full), or that in the host's memory (offload); `models/remat.py` has the table.
     remat: Remat = "none"
+    # Of the micro-batches through the stages of the mesh, where it has more than one.
+    pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     attention_backend: Literal["auto", "einsum", "xla", "cudnn", "splash"] = "auto"
     # Where config.mesh.context splits rows: keys and values go round the devices, or every device
     # gathers all of them for a layer at a time.

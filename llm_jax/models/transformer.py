@@ -24,6 +24,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.context import context_ways, zigzag
 from llm_jax.models.layers import MLP, Norm, Projection, parameter
 from llm_jax.models.moe import MixtureOfExperts, Routing
+from llm_jax.models.pipeline import pipeline, stages
 from llm_jax.models.remat import named, policy
 from llm_jax.models.ring import context_attention
 from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
@@ -180,14 +181,19 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """One repetition of the attention pattern: the body that `scan_layers` loops over."""
+    """One repetition of the attention pattern: the body that `scan_layers` loops over.
+
+    With a `repeat` the parameters have a leading axis, and those at its place there are used.
+    """
 
     config: ModelConfig
     backend: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, row: Row, caches: Any) -> tuple[jax.Array, Any]:
-        block = _remat_block(self.config)
+    def __call__(
+        self, x_BTD: jax.Array, row: Row, caches: Any, repeat: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        block = _remat_block(self.config, repeat)
         kept, routings = [], []
         for place, window in enumerate(self.config.windows):
             cache = None if caches is None else caches[place]
@@ -236,9 +242,11 @@ class Transformer(nn.Module):
             x_BTD += _embedding_noise(
                 self.make_rng("dropout"), config.neftune_alpha, x_BTD, segment_ids_BT
             )
-        caches = None if cache is None else cache.layers
+        caches: Any = None if cache is None else cache.layers
         routings: Any
-        if config.scan_layers:
+        if config.scan_layers and stages() > 1 and cache is None and not self.is_initializing():
+            x_BTD, routings = self._pipeline(x_BTD, row)
+        elif config.scan_layers:
             x_BTD, (caches, routings) = nn.scan(
                 Group,
                 variable_axes={"params": 0},
@@ -264,6 +272,23 @@ class Transformer(nn.Module):
             cache = dataclasses.replace(cache, layers=caches, lengths=cache.lengths + grown)
         routing = None if config.moe is None else functools.reduce(operator.add, routings)
         return x_BTD, cache, routing
+
+    def _pipeline(self, x_BTD: jax.Array, row: Row) -> tuple[jax.Array, Any]:
+        """The scanned layers, in the stages of the mesh."""
+        group = Group(self.config, self.backend, parent=None)
+
+        def apply(
+            params: Any, x_BTD: jax.Array, row: Row, rng: jax.Array | None, repeat: Any
+        ) -> tuple[jax.Array, Any]:
+            rngs = None if rng is None else {"dropout": rng}
+            x_BTD, (_, routings) = group.apply(
+                {"params": params}, x_BTD, row, None, repeat, rngs=rngs
+            )
+            return x_BTD, routings
+
+        rng = self.make_rng("dropout") if self.has_rng("dropout") else None
+        params: Any = self.get_variable("params", "layers")
+        return pipeline(apply, params, x_BTD, row, self.config, rng)
 
 
 def _row(
@@ -328,10 +353,21 @@ def _residual_scale(config: ModelConfig) -> float:
     return 1 / math.sqrt(2 * config.num_layers)
 
 
-def _remat_block(config: ModelConfig) -> type[Block]:
-    if config.remat == "none":
-        return Block
+def _remat_block(config: ModelConfig, repeat: jax.Array | None = None) -> Any:
+    block: Any = Block
+    rule: Any = None if config.remat == "none" else policy(config.remat)
+    if repeat is not None:
+        # Inside what is computed again, so that the backward pass keeps no copy of the parameters
+        # for every repeat and micro-batch; without remat it looks up these (and little else) again.
+        block = nn.map_variables(
+            Block,
+            "params",
+            lambda params: jax.tree.map(lambda x: jnp.take(x, repeat, axis=0, mode="clip"), params),
+        )
+        rule = rule or (lambda primitive, *_, **__: primitive is not jax.lax.gather_p)
+    if rule is None:
+        return block
     # A scanned body with one block is never merged with its own recomputation, so the barriers
     # that keep the compiler from doing so are left out there.
     alone = config.scan_layers and len(config.windows) == 1
-    return nn.remat(Block, policy=policy(config.remat), prevent_cse=not alone)
+    return nn.remat(block, policy=rule, prevent_cse=not alone)

@@ -25,6 +25,7 @@ from llm_jax.mesh import require_host_memory
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import RUNTIME_FIELDS, check_length
 from llm_jax.models.context import check_context
+from llm_jax.models.pipeline import bubble_share, micro_batches_per_stage
 from llm_jax.models.size import (
     active_parameter_count,
     adapter_count,
@@ -99,11 +100,22 @@ class Foundation:
             f"{trained}, {flops_per_token(self.model, phases[0].length):,.0f} FLOPs a token at "
             f"length {phases[0].length}, attention by {backend}"
         )
+        self._log_pipeline()
         return phases
+
+    def _log_pipeline(self) -> None:
+        stages, repeats = self.mesh.shape["stage"], self.model.pipeline.repeats
+        if stages == 1:
+            return
+        parts = stages * micro_batches_per_stage(self.model, self.mesh)
+        groups = "" if repeats == 1 else f" with {repeats} groups of layers each"
+        bubble = bubble_share(stages, parts, repeats)
+        self.log(f"pipeline of {stages} stages{groups}, {parts} micro-batches, {bubble:.0%} bubble")
 
     def micro_batches(self, phase: Phase) -> int:
         length = phase.length * phase.sequences
-        return micro_batches(self.config.step, phase.batch, length, self.mesh)
+        pieces = micro_batches_per_stage(self.model, self.mesh)
+        return micro_batches(self.config.step, phase.batch, length, self.mesh, pieces)
 
     def meta(self, model: ModelConfig, phase: Phase) -> dict[str, Any]:
         """What the checkpoints of a phase say of themselves."""
@@ -214,6 +226,7 @@ def lay(
     tokenizer = new_tokenizer() if origin is None else origin.stored.tokenizer()
     model = _model(config.model, origin, tokenizer, log)
     _check_memory(config, model, mesh)
+    micro_batches_per_stage(model, mesh)  # what does not fit is refused before weights are read
     return Foundation(
         config=config,
         mesh=mesh,

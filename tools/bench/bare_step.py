@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import optim, sharding, step
-from llm_jax.trainers.base import RunConfig
+from llm_jax.models.pipeline import micro_batches_per_stage
+from llm_jax.trainers.pretrain import PretrainConfig
 from llm_jax.types import Batch
 
 
@@ -27,7 +28,7 @@ class BareStep:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: PretrainConfig,
         mesh: Mesh,
         init_params: Callable[[jax.Array], Any],
         objective: step.Objective,
@@ -45,7 +46,9 @@ class BareStep:
             mesh,
             sharding.parameter_shardings(mesh, boxed),
         )
-        self.micro_batches = step.micro_batches(config.step, batch, length, mesh)
+        self.micro_batches = step.micro_batches(
+            config.step, batch, length, mesh, micro_batches_per_stage(config.model, mesh)
+        )
         self._step = step.make_train_step(
             objective,
             self._optimizer,
