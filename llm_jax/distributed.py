@@ -145,7 +145,9 @@ def wait_for_all(moment: str) -> None:
 
 
 def check_equal(hashes: Mapping[str, str]) -> None:
-    """Sees to it that all processes have made the same of what each of them has read; waits for all.
+    """Sees to it that all processes have made the same of what each of them has read.
+
+    It returns when all have called it.
 
     Args:
       hashes: by what they are of; the same names in all processes.

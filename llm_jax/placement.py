@@ -49,7 +49,7 @@ def own_rows(
 
 
 def rows_to_devices(tree: Any, own: OwnRows, sharding: jax.sharding.Sharding) -> Any:
-    """Global arrays `[own.total, ...]`, of which this process gives its rows `[own.places, ...]`."""
+    """Global arrays `[own.total, ...]`; this process gives its own rows, `[own.places, ...]`."""
 
     def place(x: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:

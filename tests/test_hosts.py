@@ -220,7 +220,7 @@ def test_when_one_is_killed_the_others_end_and_all_go_on_from_there(
     again = launch(2, pretrain)
     assert again.wait() == [0, 0], again.errors
     assert "resumed at step" in again.output[0]
-    assert_same_records(workdir, runs(2), 0)
+    assert_same_records(workdir, runs(2), 1e-12)  # what is counted of epochs is a sum
     assert_same_parameters(workdir, runs(2))
 
 

@@ -109,10 +109,9 @@ def test_the_mesh_does_not_change_the_batches(mesh):
 ])  # fmt: skip
 def test_a_process_reads_the_rows_that_its_devices_hold(mesh, processes):
     expected = read(make_source(), 0, 0, range(5))
-    share = 8 // processes
+    share, real = 8 // processes, offline.own_rows
     for index in range(processes):
         devices = jax.devices()[index * share :][:share]
-        real = offline.own_rows
         with mock.patch.object(offline, "own_rows", lambda *args, d=devices: real(*args, d)):
             source = make_source(mesh)
         source.start(PHASES[0], 0)
