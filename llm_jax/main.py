@@ -31,8 +31,8 @@ from llm_jax.distributed import Place
 from llm_jax.errors import UserError
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, str, Place]:
-    """The config with its overrides, the run directory, and what the flags say of other processes.
+def parse(argv: Sequence[str]) -> tuple[Any, str]:
+    """The config with its overrides, and the run directory.
 
     Raises:
       UserError: a flag, config file, key or value that does not exist or does not fit.
@@ -43,8 +43,18 @@ def parse(argv: Sequence[str]) -> tuple[Any, str, Place]:
     base = _read_flags([argv[0], f"--config={name}"])["config"].value
     _check_keys(overrides, config_module.flatten(config_module.resolved(base)))
     values = _read_flags(argv)
-    place = Place(**{field.name: values[field.name].value for field in fields(Place)})
-    return values["config"].value, values["workdir"].value or default_workdir(name), place
+    return values["config"].value, values["workdir"].value or default_workdir(name)
+
+
+def parse_place(argv: Sequence[str]) -> Place:
+    """What the flags say of other processes.
+
+    Raises:
+      UserError: see `parse`.
+    """
+    values = _read_flags(argv)
+    given: dict[str, Any] = {field.name: values[field.name].value for field in fields(Place)}
+    return Place(**given)
 
 
 def default_workdir(config_argument: str) -> str:
@@ -61,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\n{_define_flags(argv).module_help(__name__)}")
         return 0
     try:
-        config, workdir, place = parse(argv)
-        distributed.start(place, config, workdir)
+        config, workdir = parse(argv)
+        distributed.start(parse_place(argv), config, workdir)
         from llm_jax import run  # imports jax, which --help and a mistyped flag need not wait for
 
         return run.run(config, workdir)

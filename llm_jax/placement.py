@@ -52,7 +52,7 @@ def rows_to_devices(tree: Any, own: OwnRows, sharding: jax.sharding.Sharding) ->
     """Global arrays `[own.total, ...]`; this process gives its own rows, `[own.places, ...]`."""
 
     def place(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(own.total)
             return x[np.searchsorted(own.places, begin) :][: end - begin]
 

@@ -194,14 +194,14 @@ def test_every_leaf_of_every_config_can_be_overridden_by_its_path(path, monkeypa
         and not leaf.startswith("stages")
     ]
     assert len(flags) > 50
-    config, *_ = parse(["main", f"--config={path.relative_to(ROOT)}", *flags])
+    config, _ = parse(["main", f"--config={path.relative_to(ROOT)}", *flags])
     assert flatten(resolved(config)) == leaves
 
 
 def test_a_placeholder_and_one_item_of_a_list_can_be_overridden(monkeypatch):
     monkeypatch.chdir(ROOT)
     path = Path("configs/pretrain.py")
-    config, *_ = parse(
+    config, _ = parse(
         ["main", f"--config={path}", "--config.phases[1].length=48",
          "--config.phases[1].tokens=960"]
     )  # fmt: skip

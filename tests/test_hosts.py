@@ -23,6 +23,7 @@ from llm_jax.runs import load_run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+TIMEOUTS = ["--peer_timeout=60", "--heartbeat_timeout=8"]
 DEVICES = 4
 # Sums over devices are made in another order where processes hold some of them.
 TOLERANCE = 1e-5
@@ -51,32 +52,61 @@ def pretrain(folder, tmp_path):
     return [f"--config={PRETRAIN}:{folder}", f"--workdir={tmp_path / 'run'}"]
 
 
+def by_flags(port, count, index):
+    place = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
+    return [*place, *TIMEOUTS], {}
+
+
+def by_variables(port, count, index):
+    return TIMEOUTS, {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def by_slurm(port, count, index):
+    return TIMEOUTS, {
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
+
+
 class Launch:
     """Processes of one run. `wait` gives their exit statuses, and what each of them printed."""
 
-    def __init__(self, count, flags, *, devices=DEVICES, packages=None, missing=()):
-        """flags: of all, or of each. packages: the folder in which each finds llm_jax. missing:
-        those that never come."""
-        self.address = f"127.0.0.1:{free_port()}"
+    def __init__(self, count, flags, *, devices=DEVICES, packages=None, missing=(), told=by_flags):
+        """
+        flags: of all, or of each. packages: the folder in which each finds llm_jax. missing: those
+        that never come. told: how they learn where they sit.
+        """
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
         each = flags if isinstance(flags[0], list) else [flags] * count
         self.processes = []
         for index in sorted({*range(count)} - {*missing}):
-            place = [f"--coordinator={self.address}", f"--processes={count}",
-                     f"--process={index}", "--peer_timeout=60", "--heartbeat_timeout=8"]  # fmt: skip
+            place, environment = told(port, count, index) if count > 1 else ([], {})
+            environment |= {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices // count),
+                "JAX_PARTITION_INDEX": str(index),  # as if each were on a machine of its own
+                "PYTHONPATH": "",
+            }
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "llm_jax.main", *(place if count > 1 else []),
-                     *each[index]],
-                    cwd=packages[index] if packages else ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    [sys.executable, "-m", "llm_jax.main", *place, *each[index]],
+                    cwd=packages[index] if packages else ROOT,
+                    env={**os.environ, **environment},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                     start_new_session=True,
-                    env={
-                        **os.environ,
-                        "JAX_PLATFORMS": "cpu",
-                        "JAX_NUM_CPU_DEVICES": str(devices // count),
-                        "PYTHONPATH": "",
-                    },
                 )
-            )  # fmt: skip
+            )
 
     def wait(self, timeout=120):
         """Kills what is left after `timeout` seconds, and fails."""
@@ -172,8 +202,9 @@ def test_two_processes_train_as_one_does(runs):
 # --- what is refused at the start -----------------------------------------------------------------
 
 
-def test_processes_of_other_configs_are_refused(launch, pretrain, tmp_path):
-    two = launch(2, [pretrain, [*pretrain, "--config.optimizer.learning_rate=0.25"]])
+@pytest.mark.parametrize("told", [by_flags, by_variables, by_slurm])
+def test_processes_of_other_configs_are_refused(launch, pretrain, tmp_path, told):
+    two = launch(2, [pretrain, [*pretrain, "--config.optimizer.learning_rate=0.25"]], told=told)
     assert two.wait() == [2, 2]
     assert two.errors[0] == two.errors[1] and two.errors[0].count("\n") == 1
     assert "process 1 (" in two.errors[0]

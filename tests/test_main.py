@@ -129,7 +129,7 @@ def test_the_run_directory_is_named_after_the_config():
 
 
 def test_overrides_reach_leaves_of_every_kind(small):
-    config, *_ = parse([
+    config, _ = parse([
         *small,
         "--config.phases[1].rope_theta=5e5",
         "--config.phases[1].rope_scaling=linear",

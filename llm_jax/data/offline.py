@@ -41,7 +41,13 @@ class OfflineSource:
             own = own_rows(self._sharding, phase.batch)
             self._own.append(own)
             self._datasets.append(
-                batches(components, phase.weights, phase.batch, int(phase_seed), places=own.places)
+                batches(
+                    components,
+                    phase.weights,
+                    phase.batch,
+                    int(phase_seed),
+                    places=own.places.tolist(),
+                )
             )
             self._epochs_per_step.append(epochs(components, phase.weights, phase.batch, step=1))
         self._epochs: dict[str, float] = {}

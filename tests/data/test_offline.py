@@ -13,7 +13,7 @@ from llm_jax.data.offline import OfflineSource
 from llm_jax.data.packing import pack
 from llm_jax.data.phases import PhaseConfig, plan
 from llm_jax.errors import UserError
-from llm_jax.mesh import MeshConfig, make_mesh
+from llm_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
 
@@ -48,7 +48,7 @@ def rows(phase):
 
 
 def make_source(mesh=MeshConfig(1, 1, 1), seed=0):  # noqa: B008 (frozen)
-    devices = math.prod(vars(mesh).values())
+    devices = math.prod(getattr(mesh, axis) for axis in MESH_AXES)
     made = make_mesh(mesh, jax.devices()[:devices])
     return OfflineSource(PHASES, rows, seed, made)
 

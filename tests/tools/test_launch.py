@@ -103,8 +103,8 @@ def test_the_jobset_has_a_pod_for_every_host():
 
 def test_the_variables_for_other_pods_are_whole_when_they_are_uncommented():
     text = (LAUNCH / "jobset.yaml").read_text()
-    text = re.sub(r"^( +)# ( *(env:|- name:|value|fieldRef|fieldPath).*)$", r"\1\2", text, flags=re.M)
-    jobset = yaml.safe_load(text)
+    commented = re.compile(r"^( +)# ( *(env:|- name:|value|fieldRef|fieldPath).*)$", re.MULTILINE)
+    jobset = yaml.safe_load(commented.sub(r"\1\2", text))
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     names = [variable["name"] for variable in pod["containers"][0]["env"]]
     assert names == ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
