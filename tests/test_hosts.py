@@ -5,12 +5,14 @@ Legend: a launch of 2 processes with 2 devices each is compared with 1 process t
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from itertools import filterfalse
 from pathlib import Path
 
 import jax
@@ -161,10 +163,12 @@ def records_of(workdir):
 
 
 def assert_same_records(workdir, expected, tolerance):
-    """All but what depends on the clock, and on how decoding was divided."""
+    """All but what depends on the clock, on how decoding was divided, and on the sign of margins
+    that are zero but for rounding."""
+    left_out = re.compile("tokens_per_second|compilations|.*rewards/accuracies")
     for record, wanted in zip(records_of(workdir), records_of(expected), strict=True):
         assert record.keys() == wanted.keys()
-        for key in record.keys() - {"tokens_per_second", "compilations"}:
+        for key in filterfalse(left_out.fullmatch, record):
             assert record[key] == pytest.approx(wanted[key], rel=tolerance, abs=tolerance), key
 
 
