@@ -144,6 +144,14 @@ def wait_for_all(moment: str) -> None:
     multihost_utils.sync_global_devices(moment)  # at once, where there is one process
 
 
+def ask_all(value: bool) -> list[bool]:
+    """What each process says, in their order; all must call it."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.atleast_1d(multihost_utils.process_allgather(np.array(value))).tolist()
+
+
 def check_equal(hashes: Mapping[str, str]) -> None:
     """Sees to it that all processes have made the same of what each of them has read.
 

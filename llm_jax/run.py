@@ -13,7 +13,7 @@ from llm_jax import checkpoint
 from llm_jax.binding import binding
 from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
-from llm_jax.distributed import check_equal, wait_for_all
+from llm_jax.distributed import ask_all, check_equal, wait_for_all
 from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.mesh import make_mesh
 from llm_jax.metrics import RunLog
@@ -110,12 +110,13 @@ def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:
 def _check_shared(workdir: Path) -> None:
     """
     Raises:
-      UserError: of several processes, this one does not see what process 0 has written.
+      UserError: a process does not see what process 0 has written; in all processes.
     """
     wait_for_all("the contract is written")
-    if not (workdir / "config.json").exists():
+    sees = ask_all((workdir / "config.json").exists())
+    if not all(sees):
         raise UserError(
-            f"--workdir={workdir} is another folder for process {jax.process_index()} than for "
+            f"--workdir={workdir} is another folder for process {sees.index(False)} than for "
             "process 0: name one that all hosts share, such as on NFS or a mounted bucket."
         )
 

@@ -10,7 +10,17 @@ from unittest import mock
 
 import pytest
 
-from llm_jax.distributed import Place, Seat, check_equal, describe, difference, find_seat, meet
+from llm_jax.distributed import (
+    Place,
+    Seat,
+    ask_all,
+    check_equal,
+    describe,
+    difference,
+    find_seat,
+    leave,
+    meet,
+)
 from llm_jax.errors import UserError
 
 SLURM = {
@@ -214,5 +224,7 @@ def test_the_difference_names_the_first_key():
     assert difference({"a": "1"}, {}) == "a is absent there and 1 on process 0"
 
 
-def test_hashes_of_one_process_are_equal():
+def test_a_process_that_is_alone_agrees_with_itself_and_nothing_keeps_it():
     check_equal({"the hash of the data": "not even hexadecimal"})
+    assert ask_all(True) == [True] and ask_all(False) == [False]
+    assert leave(2) == 2

@@ -59,14 +59,6 @@ def by_flags(port, count, index):
     return [*place, *TIMEOUTS], {}
 
 
-def by_variables(port, count, index):
-    return TIMEOUTS, {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-    }
-
-
 def by_slurm(port, count, index):
     return TIMEOUTS, {
         "JAX_COORDINATOR_PORT": str(port),
@@ -206,7 +198,7 @@ def test_two_processes_train_as_one_does(runs):
 # --- what is refused at the start -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("told", [by_flags, by_variables, by_slurm])
+@pytest.mark.parametrize("told", [by_flags, by_slurm])
 def test_processes_of_other_configs_are_refused(launch, pretrain, tmp_path, told):
     two = launch(2, [pretrain, [*pretrain, "--config.optimizer.learning_rate=0.25"]], told=told)
     assert two.wait() == [2, 2]
@@ -233,6 +225,33 @@ def test_a_process_that_never_comes_ends_the_others(launch, pretrain, tmp_path):
     assert two.wait() == [2]
     assert two.errors[0].startswith(f"error: 1 of 2 processes came to {two.address} within 3 s;")
     assert two.errors[0].count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_not_shared_is_refused(launch, pretrain, tmp_path):
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for folder in folders:
+        shutil.copytree(ROOT / "llm_jax", folder / "llm_jax")
+    two = launch(2, [pretrain[0], "--workdir=run"], packages=folders)
+    assert two.wait() == [2, 2], two.errors
+    for error in two.errors:
+        assert "error: --workdir=run is another folder for process 1 than for process 0" in error
+    assert not (folders[1] / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_alone_ends_the_others_too(launch, pretrain, tmp_path):
+    def without_a_cache(port, count, index):
+        flags, environment = by_flags(port, count, index)
+        return flags, environment | ({"LLM_JAX_CACHE": "/dev/null/cache"} if index else {})
+
+    began = time.monotonic()
+    two = launch(2, pretrain, told=without_a_cache)
+    statuses = two.wait()
+    assert statuses[1] == 2 and "error: /dev/null/cache" in two.errors[1]
+    assert statuses[0] not in (0, 2) and "JAX distributed service" in two.errors[0]
+    assert time.monotonic() - began < 90
+    assert latest_step(tmp_path / "run") is None
 
 
 # --- runs that are stopped ------------------------------------------------------------------------
