@@ -5,13 +5,20 @@
 Any field of the config can be overridden by its path. A finished run is left alone, an interrupted
 one resumes. Exit status: 0 finished, 2 bad input (one line says what and how to mend it), 130 or
 143 stopped by Ctrl-C or SIGTERM with a checkpoint written.
+
+Several processes, one a host, start with the same command and one run directory that all of them
+see. TPU pods, Slurm and mpirun are recognised; elsewhere each process also gets
+--coordinator=HOST:PORT --processes=N --process=I, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID.
 """
 
 from __future__ import annotations
 
 import difflib
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from llm_jax import config as config_module
+from llm_jax import distributed
+from llm_jax.distributed import Place
 from llm_jax.errors import UserError
 
 
@@ -37,6 +46,17 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
     return values["config"].value, values["workdir"].value or default_workdir(name)
 
 
+def parse_place(argv: Sequence[str]) -> Place:
+    """What the flags say of other processes.
+
+    Raises:
+      UserError: see `parse`.
+    """
+    values = _read_flags(argv)
+    given: dict[str, Any] = {field.name: values[field.name].value for field in fields(Place)}
+    return Place(**given)
+
+
 def default_workdir(config_argument: str) -> str:
     """runs/pretrain for configs/pretrain.py, runs/pretrain-size=tiny with that argument."""
     path, _, argument = config_argument.partition(":")
@@ -52,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         config, workdir = parse(argv)
+        distributed.start(parse_place(argv), config, workdir)
         from llm_jax import run  # imports jax, which --help and a mistyped flag need not wait for
 
         return run.run(config, workdir)
@@ -59,10 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags_given & {"debug", "debug=true"}:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
     except KeyboardInterrupt:  # before the loop listens for it, or the second one
         print("stopped: the same command starts again from the last checkpoint.", file=sys.stderr)
-        return 130
+        return distributed.leave(130)
+    except Exception:
+        if not distributed.is_joined():
+            raise
+        traceback.print_exc()
+        return distributed.leave(1)
 
 
 def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
@@ -76,7 +102,28 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "run directory; runs/CONFIG if absent", flag_values=values)
     flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=values)
+    _define_place_flags(values)
     return values
+
+
+def _define_place_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of the first of several processes", flag_values=values
+    )
+    flags.DEFINE_integer("processes", None, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "peer_timeout",
+        Place.peer_timeout,
+        "seconds to wait at the start for the others",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        Place.heartbeat_timeout,
+        "seconds of silence after which one is taken for dead and the others end",
+        flag_values=values,
+    )
 
 
 def _read_flags(argv: Sequence[str]) -> flags.FlagValues:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm_jax.errors import UserError
@@ -26,6 +29,8 @@ class MeshConfig:
     expert: int = 1  # of a mixture of experts; one more axis of the batch for all else
     context: int = 1  # parts of every row
     stage: int = 1  # groups of layers, one after another: a pipeline
+    # Which axis crosses the slow network between the slices of a TPU pod; the others stay inside.
+    across_slices: Literal["data", "fsdp", "stage"] = "data"
 
 
 def resolve(config: MeshConfig, devices: int) -> MeshConfig:
@@ -53,13 +58,38 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The device mesh with axes `MESH_AXES`.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or the axis that crosses slices
+        is no multiple of them.
     """
     devices = jax.devices() if devices is None else devices
     config = resolve(config, len(devices))
     sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
-    # jax.make_mesh defaults to Explicit axes, which do not propagate shardings through einsums.
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # Auto, because Explicit axes, JAX's default, do not propagate shardings through einsums.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
+    if devices[0].platform == "tpu":
+        return Mesh(_across_slices(config.across_slices, sizes, slices, devices), MESH_AXES, types)
+    # To JAX every host of GPUs is a slice; in their order the last axes stay inside hosts.
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices), MESH_AXES, types)
+
+
+def _across_slices(
+    axis: str, sizes: tuple[int, ...], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """The devices by their places in the mesh, such that steps along `axis` alone leave a slice."""
+    place = MESH_AXES.index(axis)
+    if sizes[place] % slices:
+        raise UserError(
+            f"config.mesh.{axis}={sizes[place]} is no multiple of the {slices} slices, which it "
+            "crosses: make it one, or let config.mesh.across_slices name another axis."
+        )
+    inside, outside = list(sizes), [1] * len(sizes)
+    inside[place], outside[place] = sizes[place] // slices, slices
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, outside, devices, allow_split_physical_axes=True
+    )
 
 
 def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:

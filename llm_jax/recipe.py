@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 
 from llm_jax import checkpoint
 from llm_jax.binding import binding_digest
 from llm_jax.config import build, defaults, flatten, resolved
+from llm_jax.distributed import wait_for_all
 from llm_jax.errors import UserError
 from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import read_metrics_file
@@ -91,8 +91,7 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
         status = run(stage, folder)
         if status:
             return status
-        if jax.process_count() > 1:  # the next stage reads what process 0 has written
-            multihost_utils.sync_global_devices(f"stage {name} is finished")
+        wait_for_all(f"stage {name} is finished")  # the next one reads what process 0 has written
         folders[name] = folder.resolve()
         if yardstick is None:
             continue

@@ -13,6 +13,7 @@ from llm_jax import checkpoint
 from llm_jax.binding import binding
 from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
+from llm_jax.distributed import ask_all, check_equal, wait_for_all
 from llm_jax.errors import UserError, did_you_mean, disk_errors
 from llm_jax.mesh import make_mesh
 from llm_jax.metrics import RunLog
@@ -48,7 +49,8 @@ def run(config: Any, workdir: str | Path) -> int:
     run_config = build(stage.config, config)
     workdir = Path(workdir)
     if _finished(workdir, run_config):
-        print(f"{workdir} is finished already: nothing to do (see {workdir / 'result.json'}).")
+        if jax.process_index() == 0:
+            print(f"{workdir} is finished already: nothing to do (see {workdir / 'result.json'}).")
         return 0
 
     use_compilation_cache(run_config.compilation_cache)
@@ -56,8 +58,12 @@ def run(config: Any, workdir: str | Path) -> int:
     log = RunLog(workdir, run_config.metrics, resolved(run_config))
     with disk_errors(workdir, DISK_MEND), jax.set_mesh(mesh), log:
         trainer = stage.build(run_config, mesh, workdir, log.message)
+        # Also keeps process 0 from writing into a folder that another has not looked at yet.
+        hashes = {"tokenizer": trainer.tokenizer.fingerprint, "data": trainer.data_fingerprint}
+        check_equal({f"the hash of the {name}": hash_ for name, hash_ in hashes.items()})
         if jax.process_index() == 0:
             _write_contract(workdir, run_config, trainer)
+        _check_shared(workdir)
         outcome = train(trainer, run_config, mesh, workdir, log)
         if jax.process_index() == 0:
             _write_result(workdir, run_config, trainer, outcome)
@@ -99,6 +105,20 @@ def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:
     write_json(workdir / "config.json", resolved(config))
     if checkpoint.latest_step(workdir) is None:  # else the tokenizer was read from there
         trainer.tokenizer.save(workdir / "tokenizer")
+
+
+def _check_shared(workdir: Path) -> None:
+    """
+    Raises:
+      UserError: a process does not see what process 0 has written; in all processes.
+    """
+    wait_for_all("the contract is written")
+    sees = ask_all((workdir / "config.json").exists())
+    if not all(sees):
+        raise UserError(
+            f"--workdir={workdir} is another folder for process {sees.index(False)} than for "
+            "process 0: name one that all hosts share, such as on NFS or a mounted bucket."
+        )
 
 
 def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: Outcome) -> None:

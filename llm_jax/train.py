@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import signal
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,6 +21,7 @@ from llm_jax import step as step_module
 from llm_jax.checkpoint import Checkpointer
 from llm_jax.data.phases import Clock, Phase, judge
 from llm_jax.metrics import RunLog
+from llm_jax.signals import Signals
 from llm_jax.throughput import Throughput, peak_flops
 from llm_jax.trainers.base import ProfileConfig, RunConfig, Setting, Trainer
 from llm_jax.types import Mean, TrainState, join
@@ -47,10 +45,11 @@ class Outcome:
 def train(trainer: Trainer, config: RunConfig, mesh: Mesh, workdir: Path, log: RunLog) -> Outcome:
     """Trains from the newest checkpoint of `workdir`, or from the start, to the last phase's end.
 
-    SIGTERM and Ctrl-C end it after the step in flight, with a checkpoint.
+    SIGTERM and Ctrl-C end it after the step in flight, with a checkpoint; of several processes all
+    end at the same step, whichever got the signal.
     """
     loop = _Loop(trainer, config, mesh, workdir, log)
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             return loop.run(signals)
         finally:
@@ -121,7 +120,7 @@ class _Loop:
 
     # --- the phases -------------------------------------------------------------------------------
 
-    def run(self, signals: _Signals) -> Outcome:
+    def run(self, signals: Signals) -> Outcome:
         """Runs phase after phase; each compiles once, however often its gate holds."""
         while not self._run_phase(self.phases[self.clock.index], signals):
             pass
@@ -136,23 +135,23 @@ class _Loop:
             mfu=self.throughput.average_mfu(),
             skipped_steps=int(optim.read_metrics(self.state.opt_state)["skipped_steps"]),
             sample=self.sample,
-            signal=signals.received,
+            signal=signals.agreed,
         )
 
-    def _run_phase(self, phase: Phase, signals: _Signals) -> bool:
+    def _run_phase(self, phase: Phase, signals: Signals) -> bool:
         """Trains one phase until its gate opens. Returns whether the run is over."""
         setting = self.trainer.setting(phase)
         self.train_step = None
         while True:
             self._train_phase(phase, setting, signals)
-            if signals.received is not None:
+            if signals.agreed is not None:
                 self._save(setting)
                 return True
             if self._close_phase(phase, setting):
                 return phase.index == len(self.phases) - 1
             self.throughput.resume()
 
-    def _train_phase(self, phase: Phase, setting: Setting, signals: _Signals) -> None:
+    def _train_phase(self, phase: Phase, setting: Setting, signals: Signals) -> None:
         """Steps until the phase's end, as far as it is known now, or until a signal."""
         end = self.clock.phase_end(self.phases)
         if self.step >= end:
@@ -162,7 +161,7 @@ class _Loop:
         self.trainer.source.start(phase, self.clock.start)
         self.log.start_phase(phase.index, phase.length, self.clock.last_step(self.phases))
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
-        while self.step < end and signals.received is None:
+        while self.step < end and signals.agreed is None:
             self.profiler.before_step(self.step)
             whole = join(self.state.params, self.state.frozen)
             batch = self.trainer.source.next(whole, self.step)
@@ -173,6 +172,7 @@ class _Loop:
             self.state, metrics = self.train_step(self.state, batch, rate)
             self.step += 1
             waiting.append((self.step, {**metrics, "learning_rate": rate}))
+            signals.exchange()
             if len(waiting) > 1:
                 self._read(phase, *waiting.popleft())
             if self._is_due(self.config.evaluation.every, self.config.checkpoint.every):
@@ -271,6 +271,9 @@ class _Loop:
                 values = evaluation.run(params)
             except Exception as error:
                 self.log.message(f"evaluation {evaluation.name} failed: {error!r}")
+                # On one of several it may have failed alone, and the others wait for it in there.
+                if jax.process_count() > 1:
+                    raise
                 continue
             results |= {f"eval/{evaluation.name}/{key}": value for key, value in values.items()}
         self.log.write(self.step, results)
@@ -301,31 +304,6 @@ class _Loop:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
-
-
-class _Signals:
-    """Remembers SIGTERM and Ctrl-C for the loop; a second one acts at once, as without us."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._reset()
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        self._reset()
-
-    def _reset(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
 
 
 class _Profiler:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import sharding
@@ -17,6 +16,7 @@ from llm_jax.config import digest
 from llm_jax.models import LanguageModel, ModelConfig, lora
 from llm_jax.models.heads import HEADS, init_heads
 from llm_jax.models.quantize import quantize
+from llm_jax.placement import to_host
 
 Quantization = Literal["int8", "nf4"]
 
@@ -71,12 +71,12 @@ def without_heads(weights: Any) -> Any:
 def fingerprint(weights: Any) -> str:
     """A hash of all values, names and shapes; the same on every mesh."""
     hash_ = hashlib.sha256()
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(weights))
+    sums = jax.tree.map(to_host, jax.jit(lambda tree: jax.tree.map(_checksum, tree))(weights))
     for (path, leaf), checksum in zip(
         jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(sums), strict=True
     ):
         hash_.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
-        hash_.update(np.asarray(checksum).tobytes())
+        hash_.update(checksum.tobytes())
     return hash_.hexdigest()[:16]
 
 

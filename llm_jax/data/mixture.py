@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -27,10 +27,9 @@ def batches(
     batch_size: int,
     seed: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """An endless dataset whose element k is this process's share of global batch k.
+    """An endless dataset whose element k is global batch k, or some rows of it.
 
     Each component is shuffled anew in every epoch of its own, by a seed that depends on its name
     and not on the other components. The components take turns, so that every stretch of rows holds
@@ -41,35 +40,30 @@ def batches(
       weights: relative share of each component, by name; one that is missing or 0 is left out.
       batch_size: rows in the global batch.
       seed: non-negative; another seed gives another order.
-      process_index: which of `process_count` contiguous shares of the batch to return.
-      process_count: must divide `batch_size`.
+      places: which rows of the batch a process reads; None = all.
 
     Returns:
-      A MapDataset of what the rows are, such as Batch: numpy arrays
-      [batch_size / process_count, ...].
+      A MapDataset of what the rows are, such as Batch: numpy arrays [places, ...].
 
     Raises:
       UserError: a weight that is negative, not finite or names no component; no positive weight; a
-        component without rows; rows of different lengths; a batch that the processes do not divide.
+        component without rows; rows of different lengths.
     """
     shares = normalised_weights(components, weights)
     if len({components[name].length for name in shares}) > 1:
         lengths = {name: components[name].length for name in shares}
         raise UserError(f"the components of a mixture must have rows of one length, not {lengths}.")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch size {batch_size} is not a positive multiple of {process_count} processes."
-        )
+    if batch_size < 1:
+        raise UserError(f"a batch of {batch_size} rows must have at least 1.")
     mixed = grain.MapDataset.mix(
         [_shuffled(name, components[name], seed) for name in shares], list(shares.values())
     )
-    local = batch_size // process_count
+    chosen = range(batch_size) if places is None else places
 
-    def local_batch(step: int) -> Any:
-        first = step * batch_size + process_index * local
-        return stack([mixed[first + i] for i in range(local)])
+    def batch(step: int) -> Any:
+        return stack([mixed[step * batch_size + place] for place in chosen])
 
-    return grain.MapDataset.range(sys.maxsize // batch_size).map(local_batch)
+    return grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
 
 
 def prefetch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +12,7 @@ from llm_jax import sharding
 from llm_jax.data.mixture import batches, epochs, prefetch
 from llm_jax.data.packing import Rows
 from llm_jax.data.phases import Phase
+from llm_jax.placement import own_rows, rows_to_devices
 from llm_jax.types import Batch
 
 
@@ -33,19 +33,20 @@ class OfflineSource:
           UserError: a phase whose mixture does not fit the components; no phase has begun yet.
         """
         self._sharding = sharding.batch_sharding(mesh)
-        self._datasets, self._epochs_per_step = [], []
+        self._datasets, self._own, self._epochs_per_step = [], [], []
         for phase in phases:
             components = rows(phase)
             # Rows of another length are other rows, so every phase has an order of its own.
             phase_seed = np.random.SeedSequence([seed, phase.index]).generate_state(1)[0]
+            own = own_rows(self._sharding, phase.batch)
+            self._own.append(own)
             self._datasets.append(
                 batches(
                     components,
                     phase.weights,
                     phase.batch,
                     int(phase_seed),
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
+                    places=own.places.tolist(),
                 )
             )
             self._epochs_per_step.append(epochs(components, phase.weights, phase.batch, step=1))
@@ -66,10 +67,7 @@ class OfflineSource:
         self._next_step = step + 1
         for name, share in self._epochs_per_step[self._phase].items():
             self._epochs[name] = self._epochs.get(name, 0.0) + share
-        local = next(self._iterator)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self._sharding, x), local
-        )
+        return rows_to_devices(next(self._iterator), self._own[self._phase], self._sharding)
 
     def progress(self, step: int) -> dict[str, float]:
         """`epoch` of a single component, or `epoch/NAME` of each: how often it has been read."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizer_base import Tokenizer
-from llm_jax.evals.batching import sequence_batch, to_host
+from llm_jax.evals.batching import sequence_batch
 from llm_jax.generation.decoding import Generation
+from llm_jax.placement import to_host
 from llm_jax.types import Batch
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -1,4 +1,4 @@
-"""Rows to batches of one shape, and device arrays back to the host."""
+"""Rows to batches of one shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llm_jax.errors import UserError
 from llm_jax.types import Batch
@@ -65,13 +64,3 @@ def sequence_batch(sequences: Sequence[Sequence[int]], length: int) -> Batch:
 
 def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:
     return np.pad(array, [(0, count), *[(0, 0)] * (array.ndim - 1)])
-
-
-def to_host(array: Any) -> np.ndarray:
-    """The whole array as numpy, also where other processes hold parts of it.
-
-    Every process must call it, because fetching the other parts is a collective.
-    """
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)

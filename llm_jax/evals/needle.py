@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.data.needle import NeedleExamples
-from llm_jax.evals.batching import padded_batches, to_host
+from llm_jax.evals.batching import padded_batches
+from llm_jax.placement import to_host
 from llm_jax.types import Batch
 
 # (params, batch) → int32 [B, A], the predicted answer tokens in the order of their positions.
@@ -36,7 +37,7 @@ def evaluate_needle(
     Args:
       answer: jitted, such as `answer_tokens` with its model bound. It gets numpy arrays
         [batch_size, T], the same on every process, and places them itself where the mesh has more
-        than one process (`jax.device_put`).
+        than one process (`placement.to_devices`).
       params: passed on to it.
       examples: what `needle_examples` returns.
       batch_size: rows at once.

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from llm_jax import sharding
 from llm_jax.evals.batching import BatchRows, padded_batches
+from llm_jax.placement import to_devices
 from llm_jax.step import Objective
 from llm_jax.types import Mean
 
@@ -21,7 +22,7 @@ def jit_objective(objective: Objective, mesh: Mesh) -> Callable[[Any, Any], Any]
         lambda params, batch: objective(params, batch, None),  # type: ignore[arg-type]
         out_shardings=sharding.replicated(mesh),
     )
-    return lambda params, batch: jitted(params, jax.device_put(batch, rows))
+    return lambda params, batch: jitted(params, to_devices(batch, rows))
 
 
 def evaluate_objective(

@@ -12,7 +12,8 @@ import numpy as np
 
 from llm_jax.data.packing import DocumentRows
 from llm_jax.errors import UserError
-from llm_jax.evals.batching import padded_batches, to_host
+from llm_jax.evals.batching import padded_batches
+from llm_jax.placement import to_host
 from llm_jax.types import Batch
 
 LN_2 = float(np.log(2))
@@ -36,7 +37,7 @@ def evaluate_perplexity(
 
     Args:
       token_nats: jitted. It gets numpy arrays [batch_size, T], the same on every process, and
-        places them itself where the mesh has more than one process (`jax.device_put`).
+        places them itself where the mesh has more than one process (`placement.to_devices`).
       params: passed on to it.
       rows: packed rows.
       token_bytes: int32 [vocabulary], the UTF-8 bytes of each token, 0 for special tokens.

@@ -9,8 +9,9 @@ import numpy as np
 
 from llm_jax.data.example_store import STRENGTHS
 from llm_jax.data.preferences import PreferenceRows
-from llm_jax.evals.batching import padded_batches, to_host
+from llm_jax.evals.batching import padded_batches
 from llm_jax.evals.objective import spread
+from llm_jax.placement import to_host
 from llm_jax.types import PreferenceBatch
 
 BINS = np.linspace(0.5, 1.0, 6)  # of the probability that a reward model gives its choice

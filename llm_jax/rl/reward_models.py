@@ -13,9 +13,10 @@ import numpy as np
 from llm_jax import sharding, stored
 from llm_jax.data.fields import as_truth
 from llm_jax.errors import UserError
-from llm_jax.evals.batching import sequence_batch, to_host
+from llm_jax.evals.batching import sequence_batch
 from llm_jax.models import LanguageModel
 from llm_jax.models.heads import REWARD, rewards
+from llm_jax.placement import to_devices, to_host
 from llm_jax.rl.scoring import Outcome, Policy, Reward, Sample, as_outcome
 
 _SHORTEST = 32  # tokens that a batch is padded to at least; lengths double from there
@@ -110,7 +111,7 @@ class RewardModel:
         length = min(1 << (longest - 1).bit_length(), self._longest)
         batch = sequence_batch([*sequences, *[[]] * (self._batch - len(sequences))], length)
         with jax.set_mesh(self._mesh):
-            return to_host(self._rewards(self._params, jax.device_put(batch, self._rows)))
+            return to_host(self._rewards(self._params, to_devices(batch, self._rows)))
 
 
 def model(config: ModelConfig, policy: Policy) -> Reward:

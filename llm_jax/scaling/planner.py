@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from llm_jax.errors import UserError
 from llm_jax.mesh import MESH_AXES, MeshConfig
@@ -181,7 +182,8 @@ def meshes(job: Job, cluster: Cluster) -> Iterator[MeshConfig]:
         if cluster.devices % math.prod(sizes):
             continue
         data = cluster.devices // math.prod(sizes)
-        mesh = MeshConfig(data=data, **dict(zip(free, sizes, strict=True)))
+        chosen: dict[str, Any] = dict(zip(free, sizes, strict=True))
+        mesh = MeshConfig(data=data, **chosen)
         if _is_sound(mesh, cluster) and divides(job.model, mesh, job.length, job.batch):
             yield mesh
 

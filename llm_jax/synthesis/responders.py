@@ -14,9 +14,10 @@ from llm_jax.data.examples import Conversation, Message
 from llm_jax.data.prompts import Prompt
 from llm_jax.data.template_base import ChatTemplate
 from llm_jax.errors import UserError
-from llm_jax.evals.batching import sequence_batch, to_host
+from llm_jax.evals.batching import sequence_batch
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.objectives.logprobs import response_logprobs
+from llm_jax.placement import to_host
 from llm_jax.rl.rollouts import RolloutConfig, sample_rollouts
 from llm_jax.rl.scoring import Sample
 from llm_jax.runs import LoadedRun

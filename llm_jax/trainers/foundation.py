@@ -32,6 +32,7 @@ from llm_jax.models.size import (
     flops_per_token,
     parameter_count,
 )
+from llm_jax.placement import to_devices
 from llm_jax.step import micro_batches
 from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
 from llm_jax.trainers.origin import Origin, Weights, decide_weights
@@ -148,7 +149,7 @@ class Foundation:
         """Jits an evaluation's `(params, batch)`; host batches are split over the mesh."""
         rows = sharding.batch_sharding(self.mesh)
         jitted = jax.jit(function, out_shardings=rows)
-        return lambda params, batch: jitted(params, jax.device_put(batch, rows))
+        return lambda params, batch: jitted(params, to_devices(batch, rows))
 
     def trainer(
         self,

@@ -17,11 +17,11 @@ from llm_jax.data.corpus import Corpus, DataConfig
 from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import Phase, plan
 from llm_jax.errors import UserError
-from llm_jax.evals.batching import to_host
 from llm_jax.models import LanguageModel
 from llm_jax.models.heads import CRITIC, VALUE, values
 from llm_jax.models.size import flops_per_token
 from llm_jax.objectives import ppo
+from llm_jax.placement import to_host
 from llm_jax.rl.advantages import KLConfig, KLController, gae, token_rewards, whiten
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Setting, Trainer

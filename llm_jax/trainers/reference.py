@@ -16,9 +16,10 @@ from llm_jax.config import build, digest, resolved
 from llm_jax.data.preferences import PreferenceRows
 from llm_jax.data.store import DISK_MEND, default_cache_dir
 from llm_jax.errors import UserError, disk_errors
-from llm_jax.evals.batching import padded_batches, to_host
+from llm_jax.evals.batching import padded_batches
 from llm_jax.models import LanguageModel, ModelConfig, lora
 from llm_jax.objectives.logprobs import response_logprobs
+from llm_jax.placement import to_host
 from llm_jax.sharding import batch_shards
 from llm_jax.stored import at
 from llm_jax.trainers.foundation import Foundation

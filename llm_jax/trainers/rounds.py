@@ -16,10 +16,10 @@ from llm_jax import sharding
 from llm_jax.data.phases import Phase
 from llm_jax.data.prompts import Prompt, PromptData
 from llm_jax.errors import UserError
-from llm_jax.evals.batching import to_host
 from llm_jax.generation.continuous import DecodingCost
 from llm_jax.models import LanguageModel
 from llm_jax.objectives.policy import policy_outputs
+from llm_jax.placement import to_host
 from llm_jax.rl.advantages import constant_groups
 from llm_jax.rl.rewards import Scorer, Scores
 from llm_jax.rl.rollouts import RolloutConfig, Rollouts, join_rollouts, sample_rollouts

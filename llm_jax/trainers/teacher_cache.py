@@ -17,9 +17,10 @@ from llm_jax.data.chat_corpus import ChatCorpus
 from llm_jax.data.packing import DocumentRows, Rows
 from llm_jax.data.store import DISK_MEND, default_cache_dir
 from llm_jax.errors import disk_errors
-from llm_jax.evals.batching import padded_batches, to_host
+from llm_jax.evals.batching import padded_batches
 from llm_jax.models import LanguageModel
 from llm_jax.objectives.distill import likeliest_tokens, shared_vocabulary
+from llm_jax.placement import to_host
 from llm_jax.sharding import batch_shards
 from llm_jax.trainers.foundation import Foundation
 from llm_jax.trainers.teacher import Teacher

@@ -33,20 +33,13 @@ def assert_same(left, right):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
 
-def test_the_global_batch_does_not_depend_on_the_number_of_processes():
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [1, 5], [7]])
+def test_some_rows_of_a_batch_are_those_of_the_whole(places):
     whole = mixture.batches(COMPONENTS, WEIGHTS, 8, seed=3)
-    for count in (2, 4):
-        shares = [
-            mixture.batches(
-                COMPONENTS, WEIGHTS, 8, seed=3, process_index=index, process_count=count
-            )
-            for index in range(count)
-        ]
-        for k in (0, 1, 50):
-            parts = [share[k] for share in shares]
-            assert parts[0].tokens.shape == (8 // count, 4)
-            joined = np.concatenate([part.tokens for part in parts])
-            np.testing.assert_array_equal(joined, whole[k].tokens)
+    part = mixture.batches(COMPONENTS, WEIGHTS, 8, seed=3, places=places)
+    for k in (0, 1, 50):
+        assert part[k].tokens.shape == (len(places), 4)
+        np.testing.assert_array_equal(part[k].tokens, whole[k].tokens[places])
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -128,6 +121,6 @@ def test_bad_weights_are_one_clear_line(weights, message):
         mixture.batches(components, weights, 4, seed=0)
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="multiple of 3 processes"):
-        mixture.batches(COMPONENTS, WEIGHTS, 4, seed=0, process_count=3)
+def test_a_batch_without_rows_is_refused():
+    with pytest.raises(UserError, match="a batch of 0 rows"):
+        mixture.batches(COMPONENTS, WEIGHTS, 0, seed=0)

@@ -1,5 +1,6 @@
 """The offline source: batches by step alone, whatever processes, threads or meshes read them."""
 
+import math
 from unittest import mock
 
 import jax
@@ -12,7 +13,7 @@ from llm_jax.data.offline import OfflineSource
 from llm_jax.data.packing import pack
 from llm_jax.data.phases import PhaseConfig, plan
 from llm_jax.errors import UserError
-from llm_jax.mesh import MeshConfig, make_mesh
+from llm_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from llm_jax.models.rope import RopeConfig
 from llm_jax.optim import OptimizerConfig
 
@@ -47,7 +48,7 @@ def rows(phase):
 
 
 def make_source(mesh=MeshConfig(1, 1, 1), seed=0):  # noqa: B008 (frozen)
-    devices = mesh.data * mesh.fsdp * mesh.tensor
+    devices = math.prod(getattr(mesh, axis) for axis in MESH_AXES)
     made = make_mesh(mesh, jax.devices()[:devices])
     return OfflineSource(PHASES, rows, seed, made)
 
@@ -100,27 +101,28 @@ def test_the_mesh_does_not_change_the_batches(mesh):
     assert batch.tokens.sharding == sharding.batch_sharding(source._sharding.mesh)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_read_their_shares_of_the_same_batches(processes):
+@pytest.mark.parametrize("mesh, processes", [
+    (MeshConfig(data=8), 2),
+    (MeshConfig(data=8), 4),
+    (MeshConfig(data=2, tensor=4), 4),  # two processes hold the same rows
+    (MeshConfig(stage=2, data=1, context=4), 4),
+])  # fmt: skip
+def test_a_process_reads_the_rows_that_its_devices_hold(mesh, processes):
     expected = read(make_source(), 0, 0, range(5))
-    shares = []
+    share, real = 8 // processes, offline.own_rows
     for index in range(processes):
-        with (
-            mock.patch.object(jax, "process_index", lambda index=index: index),
-            mock.patch.object(jax, "process_count", lambda: processes),
-        ):
-            source = make_source()
+        devices = jax.devices()[index * share :][:share]
+        with mock.patch.object(offline, "own_rows", lambda *args, d=devices: real(*args, d)):
+            source = make_source(mesh)
         source.start(PHASES[0], 0)
-        shares.append([read_local(source, step) for step in range(5)])
-    for step, whole in enumerate(expected):
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *(s[step] for s in shares))
-        assert_equal_batches([joined], [whole])
-
-
-def read_local(source, step):
-    """This process's rows, before they become a global array."""
-    with mock.patch.object(jax, "make_array_from_process_local_data", lambda sharding, x: x):
-        return source.next(None, step)
+        with mock.patch.object(offline, "rows_to_devices", lambda local, own, _: (local, own)):
+            batches = [source.next(None, step) for step in range(5)]
+        places = batches[0][1].places
+        held = sharding.batch_sharding(make_mesh(mesh)).devices_indices_map((8,))
+        assert {i for d in devices for i in range(8)[held[d][0]]} == set(places)
+        assert len(places) < 8
+        wanted = [jax.tree.map(lambda x, places=places: x[places], whole) for whole in expected]
+        assert_equal_batches([local for local, _ in batches], wanted)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 8])

@@ -62,10 +62,10 @@ def _preset(name: str) -> ModelConfig:
 
 
 def _mesh(text: str) -> MeshConfig:
-    from llm_jax.mesh import MeshConfig
+    from llm_jax.mesh import MESH_AXES, MeshConfig
 
-    names = [field.name for field in dataclasses.fields(MeshConfig)]
-    sizes = dict.fromkeys(names, 1)
+    names = [field.name for field in dataclasses.fields(MeshConfig) if field.name in MESH_AXES]
+    sizes: dict[str, typing.Any] = dict.fromkeys(names, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in names or not size.isdigit():
