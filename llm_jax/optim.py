@@ -245,7 +245,7 @@ def keep_on_host(
     Inside a jitted function only; `init` says by its results' memory spaces where they live.
     """
 
-    def moved(state: Any, space: jax.memory.Space) -> Any:
+    def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
     def init(params: Any) -> Any:

@@ -153,8 +153,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def in_space(where: NamedSharding, space: jax.memory.Space) -> NamedSharding:
-    """The same shards in the devices' own memory, or in that of their host."""
+def in_space(where: NamedSharding, space: Any) -> NamedSharding:
+    """The same shards in a `jax.memory.Space`: the devices' own memory, or that of their host."""
     return where.with_memory_kind("pinned_host") if space == jax.memory.Space.Host else where
 
 

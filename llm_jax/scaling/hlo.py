@@ -86,7 +86,7 @@ class Module:
         """
         # Callers stand behind what they call in the text, so the reverse order meets them first.
         times: dict[str, float] = collections.defaultdict(float, {self.entry: 1.0})
-        for name in reversed(self.computations):
+        for name in reversed(list(self.computations)):
             for instruction in self.computations[name].instructions.values():
                 trips = self.trips(name, instruction) if instruction.opcode == "while" else 1
                 for _, called in instruction.called():

@@ -248,7 +248,7 @@ def test_a_pipeline_is_described_and_what_does_not_fit_it_is_refused(tiny_config
     assert "pipeline of 4 stages, 4 micro-batches, 43% bubble" in lines_of(scan_layers=True)
     with pytest.raises(UserError, match=r"set model\.scan_layers=True"):
         lines_of()
-    with pytest.raises(UserError, match="12 sequences .* a multiple of 8, such as 16"):
+    with pytest.raises(UserError, match=r"12 sequences .* a multiple of 8, such as 16"):
         lines_of(batch=12, **scanned)
 
 
