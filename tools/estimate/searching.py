@@ -8,12 +8,13 @@ from typing import Any
 
 from llm_jax.data.phases import Phase
 from llm_jax.mesh import MeshConfig
+from llm_jax.models.remat import Remat
 from llm_jax.scaling.compiled import Program, TooLarge, compile_train_step
 from llm_jax.scaling.presets import Cluster
 from llm_jax.trainers.pretrain import PretrainConfig
 
 # From the least to compute again to the least to keep.
-LADDER = ("none", "save_products", "save_qkv_attention", "save_attention", "full", "offload")
+LADDER: tuple[Remat, ...] = ("none", "save_products", "save_qkv_attention", "save_attention", "full", "offload")
 
 
 def search(
@@ -37,7 +38,7 @@ def search(
     trials: list[dict[str, Any]] = []
     policies = list(LADDER)
 
-    def fits(batch: int, remat: str) -> bool:
+    def fits(batch: int, remat: Remat) -> bool:
         model = dataclasses.replace(config.model, remat=remat)
         step = compile_train_step(
             dataclasses.replace(config, model=model),
@@ -53,7 +54,7 @@ def search(
         trials.append({"batch": batch, "remat": remat, "peak_bytes": peak, "fits": fitting})
         return fitting
 
-    def cheapest(batch: int) -> str | None:
+    def cheapest(batch: int) -> Remat | None:
         while policies and not fits(batch, policies[0]):
             policies.pop(0)
         return policies[0] if policies else None
