@@ -14,7 +14,14 @@ from llm_jax.scaling.presets import Cluster
 from llm_jax.trainers.pretrain import PretrainConfig
 
 # From the least to compute again to the least to keep.
-LADDER: tuple[Remat, ...] = ("none", "save_products", "save_qkv_attention", "save_attention", "full", "offload")
+LADDER: tuple[Remat, ...] = (
+    "none",
+    "save_products",
+    "save_qkv_attention",
+    "save_attention",
+    "full",
+    "offload",
+)
 
 
 def search(
