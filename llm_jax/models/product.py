@@ -100,6 +100,10 @@ def turned(x: jax.Array, lead: int = 1, batch: int = 0) -> jax.Array:
     both operands to float32.
     """
     order = (*range(batch), *range(lead, x.ndim), *range(batch, lead))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        # The partitioner cannot cut a constrained layout, and would gather x for it.
+        return x.transpose(order)
     rows = Layout(tuple(range(x.ndim)))  # on both sides: either neighbour may be the product
     return jax.lax.platform_dependent(
         x,
