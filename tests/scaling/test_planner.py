@@ -137,6 +137,18 @@ def test_a_model_past_the_memory_is_told_how_many_chips_do():
         plan_mesh(job_of("gpt2", 1001, 3), find_cluster("v5e-16"))
 
 
+def test_meshes_that_split_too_little_are_passed_over():
+    """Stages alone leave an embedding whole that is most of the model: the rules refuse that."""
+    job, cluster = job_of("gemma3-1b", 1024, 64), find_cluster("h100x16")
+    model = dataclasses.replace(job.model, num_layers=24, scan_layers=True)
+    job = dataclasses.replace(job, model=model)
+    stages = [m for m in meshes(job, cluster) if sizes(m).keys() == {"stage", "data"}]
+    assert stages
+    with pytest.raises(UserError, match="replicated"):
+        plan(model, stages[0])
+    check(job, cluster, plan_mesh(job, cluster))
+
+
 # --- the time of a step ---------------------------------------------------------------------------
 
 
