@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from llm_jax.main import parse
 from llm_jax.mesh import MESH_AXES, make_abstract_mesh
 from llm_jax.models import LanguageModel
 from llm_jax.models.presets import PUBLISHED
+from llm_jax.scaling import planner
 from llm_jax.scaling.divisibility import check_mesh, divides
 from llm_jax.scaling.planner import MEMORY_SHARE, Job, MeshPlan, meshes, plan_mesh
 from llm_jax.scaling.presets import find_cluster
@@ -128,6 +130,18 @@ def test_slices_have_copies_and_nodes_too_where_they_fit():
     assert "between slices" in "\n".join(found.reasons())
 
 
+def test_parameters_are_gathered_inside_a_slice_and_across_nodes():
+    def crossing(axis, cluster):
+        job = job_of("llama2-7b", 4096, 64)
+        return any(crosses_slices(axis, mesh, cluster) for mesh in meshes(job, cluster))
+
+    slices, nodes = find_cluster("2xv5e-16"), find_cluster("h100x16")
+    assert not crossing("fsdp", slices) and crossing("fsdp", nodes)
+    for cluster in (slices, nodes):
+        assert crossing("data", cluster) and crossing("stage", cluster)
+        assert not crossing("tensor", cluster) and not crossing("context", cluster)
+
+
 def test_a_model_past_the_memory_is_told_how_many_chips_do():
     with pytest.raises(UserError, match=r"does not fit v5e-4 .*; v5e-16 \(16 chips\) is the small"):
         plan_mesh(job_of("llama2-7b", 4096, 128), find_cluster("v5e-4"))
@@ -146,7 +160,9 @@ def test_meshes_that_split_too_little_are_passed_over():
     assert stages
     with pytest.raises(UserError, match="replicated"):
         plan(model, stages[0])
-    check(job, cluster, plan_mesh(job, cluster))
+    ranked = sorted(planner._ranked(job, cluster), key=lambda candidate: candidate[0] != stages[0])
+    with mock.patch.object(planner, "_ranked", lambda *_: ranked):
+        check(job, cluster, plan_mesh(job, cluster))
 
 
 # --- the time of a step ---------------------------------------------------------------------------
