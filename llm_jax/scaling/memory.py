@@ -181,7 +181,7 @@ def _points(
     gathered = width + 4 if mesh.fsdp > 1 else 0
     output = model.vocab_size * model.embed_dim / mesh.tensor
     at_work = layers(dataclasses.replace(model, remat="none"))
-    if model.remat in ("dots", "dots_no_batch"):  # its products are among what is saved
+    if model.remat not in ("none", "full"):  # what is saved is not computed again
         at_work -= layers(model) - layers(dataclasses.replace(model, remat="full"))
     layer: Bytes = {
         "one layer's activations": at_work,

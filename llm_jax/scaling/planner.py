@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm_jax.errors import UserError
+from llm_jax.interop.plan import plan
 from llm_jax.mesh import MESH_AXES, MeshConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.size import parameter_count
@@ -134,15 +135,26 @@ def _search(job: Job, cluster: Cluster) -> MeshPlan | float | None:
     limit = MEMORY_SHARE * cluster.chip.device_usable
     least: float | None = None
     for mesh, micro_batches, time in _ranked(job, cluster):
+        if _leaves_too_much_whole(job.model, mesh):
+            continue
         memory = training_memory(
             job.model, job.optimizer, mesh, length=job.length, batch=job.batch,
-            micro_batches=micro_batches, chunk=job.chunk,
-            platform=cluster.platform,
+            micro_batches=micro_batches, chunk=job.chunk, platform=cluster.platform,
         )  # fmt: skip
         if memory.peak <= limit:
             return MeshPlan(job, cluster, mesh, micro_batches, memory, time)
         least = min(memory.peak, least or math.inf)
     return least
+
+
+def _leaves_too_much_whole(model: ModelConfig, mesh: MeshConfig) -> bool:
+    """Whether the sharding rules refuse a mesh that divides the model, as one that splits little of
+    it: the stages of a small model with a large vocabulary."""
+    try:
+        plan(model, mesh)
+    except UserError:
+        return True
+    return False
 
 
 def _ranked(job: Job, cluster: Cluster) -> list[tuple[MeshConfig, int, StepTime]]:

@@ -21,9 +21,6 @@ from llm_jax.models.size import flops_per_token, parameter_count
 from llm_jax.scaling.presets import Cluster
 
 GRADIENT_WIDTH = 4  # bytes of a gradient while it is reduced
-# A transfer forward has one of its size for each of the two gradients' products, and one more where
-# the forward pass is done again.
-PASSES = {"none": 3, "dots": 3, "dots_no_batch": 3, "full": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,9 @@ def step_time(
     width = jnp.dtype(model.dtype).itemsize
     tokens = batch * length / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
     layers = model.num_layers / mesh.stage
-    passes = PASSES[model.remat]
+    # A transfer forward has two of its size on the way back, and one more where the whole forward
+    # pass is done again.
+    passes = 4 if model.remat == "full" else 3
     rate = functools.partial(link_rate, mesh=mesh, cluster=cluster)
     dense, experts = _parameters(model)
     parameters = (dense + experts / mesh.expert) / (mesh.tensor * mesh.stage)
