@@ -205,5 +205,5 @@ def test_what_does_not_fit_is_refused_in_one_line(build, sections, message):
 def test_a_length_that_the_context_axis_does_not_cut_is_refused(build):
     mesh = make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])
     phases = (PhaseConfig(length=30, batch=8, steps=1),)
-    with pytest.raises(UserError, match="length 30 is not a multiple of 8, .* make it 24 or 32"):
+    with pytest.raises(UserError, match=r"length 30 is not a multiple of 8, .* make it 24 or 32"):
         build("sft", mesh=mesh, phases=phases)
