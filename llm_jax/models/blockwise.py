@@ -90,7 +90,7 @@ def backward(
 
         # The softmax's own gradient takes `weighted` off that of every weight.
         _, pull = jax.vjp(attend, q_BKGCH, k_BKSH, v_BKSH)
-        dq_BKGCH, *added = pull((d_out_BKGCH, -weighted_BKGC))
+        dq_BKGCH, *added = pull((d_out_BKGCH.astype(jnp.float32), -weighted_BKGC))
         return [a + b for a, b in zip(sums, added, strict=True)], dq_BKGCH
 
     blocks = _blocks(q_BKGCH.shape[3])

@@ -72,8 +72,11 @@ def split(q, k, v, segments, probe, *, kind, backend="einsum", **settings):
     return jnp.sum(out * probe), out
 
 
-def compare(mesh, shape, kind, atol=2e-5, backend="einsum", segments=False, **settings):
+def compare(
+    mesh, shape, kind, atol=2e-5, backend="einsum", segments=False, dtype="float32", **settings
+):
     q, k, v, ids, probe = inputs(shape)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     ids = ids if segments else None
     if segments:
         probe = probe * (ids > 0)[:, None, None, :, None]
@@ -88,6 +91,8 @@ def compare(mesh, shape, kind, atol=2e-5, backend="einsum", segments=False, **se
     np.testing.assert_allclose(np.where(seen, out - expected, 0), 0, atol=atol)
     assert np.all(np.isfinite(out))
     for actual, reference in zip(gradients, wanted, strict=True):
+        assert actual.dtype == dtype
+        actual, reference = (np.asarray(x, np.float32) for x in (actual, reference))
         np.testing.assert_allclose(actual, reference, atol=atol)
 
 
@@ -96,6 +101,13 @@ def compare(mesh, shape, kind, atol=2e-5, backend="einsum", segments=False, **se
 @pytest.mark.parametrize("mesh", MESHES)
 def test_output_and_gradients_equal_those_of_whole_rows(mesh, case, kind):
     compare(MESHES[mesh], (4, 2, 2, 48, 8), kind, **CASES[case])
+
+
+@pytest.mark.parametrize("kind", ["ring", "all_gather"])
+def test_sixteen_bits(kind):
+    """Gradients of up to 4, whose last of 8 bits is 2⁻⁵."""
+    settings = {"dtype": "bfloat16", "atol": 0.05, "segments": True, "window": 11}
+    compare(MeshConfig(data=1, context=4), (2, 2, 2, 48, 8), kind, **settings)
 
 
 @pytest.mark.parametrize("kind", ["ring", "all_gather"])

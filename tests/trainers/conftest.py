@@ -133,11 +133,12 @@ def start(configure, run_on, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def build(configure, tmp_path_factory):
-    """`build(trainer, **sections)`: the stage on one device, wired, and what it logged."""
+    """`build(trainer, **sections)`: the stage on one device, or on a mesh that is given, wired, and
+    what it logged."""
 
-    def make(trainer, *, workdir=None, **sections):
+    def make(trainer, *, workdir=None, mesh=None, **sections):
         lines = []
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         config = build_config(TRAINERS[trainer].config, configure(trainer, **sections))
         workdir = workdir or tmp_path_factory.mktemp("workdir") / "run"
         with jax.set_mesh(mesh):

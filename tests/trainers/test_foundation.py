@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.errors import UserError
-from llm_jax.mesh import MeshConfig
+from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.models import lora
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.lora import LoraConfig
@@ -21,6 +21,8 @@ ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)
 FROZEN = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
 QUICK = OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant")
 ADAPTERS = ModelConfig(lora=LoraConfig(rank=2, alpha=4.0))
+PRODUCTS = MeshConfig(data=1, fsdp=2, tensor=2)
+ROWS = MeshConfig(data=1, fsdp=2, context=2)
 
 
 def by_path(tree):
@@ -169,15 +171,15 @@ def test_dora_learns_magnitudes_beside_the_rest(start, opened):
     assert load_run(str(run.workdir)).model.config.lora.dora
 
 
-@pytest.mark.parametrize(("stage", "sections"), [
-    ("sft", {"model": ADAPTERS, "quantize_base": "int8"}),
-    ("reward", {"model": ADAPTERS}),
-    ("dpo", {}),
-], ids=["sft", "reward", "dpo"])  # fmt: skip
-def test_the_mesh_changes_nothing_but_the_rounding(start, opened, stage, sections):
+@pytest.mark.parametrize(("stage", "sections", "mesh"), [
+    ("sft", {"model": ADAPTERS, "quantize_base": "int8"}, PRODUCTS),
+    ("reward", {"model": ADAPTERS}, PRODUCTS),
+    ("dpo", {}, PRODUCTS),
+    ("sft", {}, ROWS),
+], ids=["sft", "reward", "dpo", "sft with rows in parts"])  # fmt: skip
+def test_the_mesh_changes_nothing_but_the_rounding(start, opened, stage, sections, mesh):
     sections = {**sections, "optimizer": QUICK}
     single = opened(start(stage, **sections))
-    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
     divided = opened(start(stage, devices=4, mesh=mesh, **sections))
     np.testing.assert_allclose(divided.logged("loss"), single.logged("loss"), rtol=1e-4)
     key = "accuracy" if stage == "reward" else "loss"
@@ -198,3 +200,10 @@ def test_what_does_not_fit_is_refused_in_one_line(build, sections, message):
     with pytest.raises(UserError, match=message) as caught:
         build("sft", **sections)
     assert "\n" not in str(caught.value)
+
+
+def test_a_length_that_the_context_axis_does_not_cut_is_refused(build):
+    mesh = make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])
+    phases = (PhaseConfig(length=30, batch=8, steps=1),)
+    with pytest.raises(UserError, match=r"length 30 is not a multiple of 8, .* make it 24 or 32"):
+        build("sft", mesh=mesh, phases=phases)
