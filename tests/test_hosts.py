@@ -25,7 +25,7 @@ from llm_jax.runs import load_run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-TIMEOUTS = ["--peer_timeout=60", "--heartbeat_timeout=8"]
+TIMEOUTS = ["--peer_timeout=120", "--heartbeat_timeout=8"]
 DEVICES = 4
 # Sums over devices are made in another order where processes hold some of them.
 TOLERANCE = 1e-5
@@ -102,7 +102,7 @@ class Launch:
                 )
             )
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Kills what is left after `timeout` seconds, and fails."""
         deadline = time.monotonic() + timeout
         outputs = []
@@ -115,6 +115,15 @@ class Launch:
         self.output = [out for out, _ in outputs]
         self.errors = [err for _, err in outputs]
         return [process.returncode for process in self.processes]
+
+    def until(self, condition, timeout=300):
+        """Waits for something that happens while all of them run."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if any(process.poll() is not None for process in self.processes):
+                pytest.fail(f"ended too early: {self.wait()}, {self.errors}")
+            assert time.monotonic() < deadline, "it has not come to pass"
+            time.sleep(0.02)
 
     def kill(self):
         for process in self.processes:
@@ -141,13 +150,6 @@ def launch():
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-def wait_for(condition, timeout=90):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come to pass"
-        time.sleep(0.02)
 
 
 def records_of(workdir):
@@ -193,6 +195,15 @@ def test_two_processes_train_as_one_does(runs):
     assert_same_records(runs(2), runs(1), TOLERANCE)
     results = [json.loads((runs(count) / "result.json").read_text()) for count in (1, 2)]
     assert results[0]["hashes"] == results[1]["hashes"]
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_and_split_the_model_train_as_one_does(
+    launch, pretrain, runs, tmp_path
+):
+    four = launch(4, [*pretrain, "--config.mesh.data=1", "--config.mesh.tensor=2"])
+    assert four.wait() == [0] * 4, four.errors
+    assert_same_records(tmp_path / "run", runs(1), TOLERANCE)
 
 
 # --- what is refused at the start -----------------------------------------------------------------
@@ -264,10 +275,10 @@ def test_when_one_is_killed_the_others_end_and_all_go_on_from_there(
 ):
     workdir = tmp_path / "run"
     two = launch(2, [*pretrain, "--config.checkpoint.every=1"])
-    wait_for(lambda: (latest_step(workdir) or 0) >= 3)
+    two.until(lambda: (latest_step(workdir) or 0) >= 3)
     two.processes[killed].kill()
     began = time.monotonic()
-    statuses = two.wait(timeout=60)
+    statuses = two.wait()
     assert time.monotonic() - began < 45  # the heartbeat's 8 seconds, and some
     assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] != 0
     assert latest_step(workdir) < STEPS
@@ -284,7 +295,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_fewer_go_on(launch, pretrain, 
     steps = [0]
     for count in (4, 2):
         part = launch(count, [*pretrain, "--config.checkpoint.every=1"])
-        wait_for(lambda: (latest_step(workdir) or 0) > steps[-1])
+        part.until(lambda: (latest_step(workdir) or 0) > steps[-1])
         part.processes[-1].terminate()
         assert part.wait() == [143] * count, part.errors
         result = json.loads((workdir / "result.json").read_text())
