@@ -198,10 +198,9 @@ def test_two_processes_train_as_one_does(runs):
 
 
 @pytest.mark.slow
-def test_processes_that_share_rows_and_split_the_model_train_as_one_does(
-    launch, pretrain, runs, tmp_path
-):
-    four = launch(4, [*pretrain, "--config.mesh.data=1", "--config.mesh.tensor=2"])
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_processes_that_share_rows_train_as_one_does(launch, pretrain, runs, tmp_path, axis):
+    four = launch(4, [*pretrain, "--config.mesh.data=1", f"--config.mesh.{axis}=2"])
     assert four.wait() == [0] * 4, four.errors
     assert_same_records(tmp_path / "run", runs(1), TOLERANCE)
 
