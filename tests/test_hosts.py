@@ -250,6 +250,23 @@ def test_a_run_directory_that_is_not_shared_is_refused(launch, pretrain, tmp_pat
 
 
 @pytest.mark.slow
+def test_texts_that_differ_are_refused(launch, folder, tmp_path):
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for each in folders:
+        shutil.copytree(ROOT / "llm_jax", each / "llm_jax")
+        for name in ("corpus.txt", "other.txt"):
+            shutil.copy(folder / name, each)
+    with open(folders[1] / "other.txt", "a") as file:
+        file.write("one word more")
+    flags = [f"--config={PRETRAIN}:.", f"--workdir={tmp_path / 'run'}"]
+    two = launch(2, flags, packages=folders)
+    assert two.wait() == [2, 2], two.errors
+    for error in two.errors:
+        assert "error: the hash of the data in process 1 is another than in process 0" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_an_error_of_one_alone_ends_the_others_too(launch, pretrain, tmp_path):
     def without_a_cache(port, count, index):
         flags, environment = by_flags(port, count, index)
