@@ -172,7 +172,7 @@ class _Loop:
             self.state, metrics = self.train_step(self.state, batch, rate)
             self.step += 1
             waiting.append((self.step, {**metrics, "learning_rate": rate}))
-            signals.exchange()
+            signals.exchange(metrics)
             if len(waiting) > 1:
                 self._read(phase, *waiting.popleft())
             if self._is_due(self.config.evaluation.every, self.config.checkpoint.every):

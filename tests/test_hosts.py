@@ -89,6 +89,8 @@ class Launch:
                 "JAX_NUM_CPU_DEVICES": str(devices // count),
                 "JAX_PARTITION_INDEX": str(index),  # as if each were on a machine of its own
                 "PYTHONPATH": "",
+                # Of a busy machine's processes one may wait long for another.
+                "XLA_FLAGS": "--xla_cpu_collective_timeout_seconds=300",
             }
             self.processes.append(
                 subprocess.Popen(
