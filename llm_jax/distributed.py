@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import sys
 import threading
@@ -33,6 +34,8 @@ VARIABLES = {
     "process": "JAX_PROCESS_ID",
 }
 
+_MOMENTS = itertools.count()
+_PATIENCE = 3600  # seconds that processes wait for one that is alive, such as while it compiles
 _PARTING = 10.0  # seconds that a process which has failed waits for the others to fail as well
 
 
@@ -109,10 +112,16 @@ def leave(status: int) -> int:
 
 
 def wait_for_all(moment: str) -> None:
-    """Returns when all processes have called it, with the same name of the moment."""
-    from jax.experimental import multihost_utils
+    """Returns when all processes have called it, as often, with the same name of the moment.
 
-    multihost_utils.sync_global_devices(moment)  # at once, where there is one process
+    They wait at JAX's coordinator and not for a collective, which has less patience: on CPUs half a
+    minute, in which others may still be compiling.
+    """
+    if is_joined():
+        from jax._src.distributed import global_state
+
+        number = next(_MOMENTS)
+        global_state.client.wait_at_barrier(f"llm_jax/{number}/{moment}", _PATIENCE * 1000)
 
 
 def ask_all(value: bool) -> list[bool]:

@@ -37,14 +37,23 @@ class Signals:
         """The number of a signal that ends the run; None = none does, as yet."""
         return self._received if jax.process_count() == 1 else self._agreed
 
-    def exchange(self) -> None:
+    def exchange(self, step: Any) -> None:
         """After every step, in all processes: tells the others what this one has received, and
-        hears what all had at the step before."""
+        hears what all had at the step before.
+
+        `step` is what the step returned. Accelerators run programs in their order, but CPUs may run
+        those that do not need each other side by side, and of two collectives that meet there each
+        may take the other's messages; so there each program waits for the one before.
+        """
         if jax.process_count() == 1:
             return
+        in_order = jax.default_backend() != "cpu"
+        if not in_order:
+            jax.block_until_ready(step)
         number = np.full(jax.local_device_count(), self._received or 0, np.int32)
         everyones = jax.make_array_from_process_local_data(self._devices, number)
-        self._answers.append(self._largest(everyones))
+        answer = self._largest(everyones)
+        self._answers.append(answer if in_order else answer.block_until_ready())
         if len(self._answers) > 1:
             self._agreed = self._agreed or int(self._answers.popleft()) or None
 

@@ -20,6 +20,7 @@ from llm_jax import optim, sharding
 from llm_jax import step as step_module
 from llm_jax.checkpoint import Checkpointer
 from llm_jax.data.phases import Clock, Phase, judge
+from llm_jax.distributed import wait_for_all
 from llm_jax.metrics import RunLog
 from llm_jax.signals import Signals
 from llm_jax.throughput import Throughput, peak_flops
@@ -172,7 +173,7 @@ class _Loop:
             self.state, metrics = self.train_step(self.state, batch, rate)
             self.step += 1
             waiting.append((self.step, {**metrics, "learning_rate": rate}))
-            signals.exchange()
+            signals.exchange(metrics)
             if len(waiting) > 1:
                 self._read(phase, *waiting.popleft())
             if self._is_due(self.config.evaluation.every, self.config.checkpoint.every):
@@ -223,6 +224,7 @@ class _Loop:
         )
         begin = time.monotonic()
         compiled = train_step.lower(self.state, batch, np.float32(0)).compile()
+        wait_for_all("the step is compiled")
         facts = [*setting.facts, f"compiled in {time.monotonic() - begin:.1f} s"]
         number = f"phase {phase.index + 1} of {len(self.phases)}"
         shape = f"length {phase.length}, batch {phase.batch} in {micro_batches} micro-batches"

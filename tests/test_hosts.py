@@ -25,7 +25,7 @@ from llm_jax.runs import load_run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-TIMEOUTS = ["--peer_timeout=60", "--heartbeat_timeout=8"]
+TIMEOUTS = ["--peer_timeout=120", "--heartbeat_timeout=8"]
 DEVICES = 4
 # Sums over devices are made in another order where processes hold some of them.
 TOLERANCE = 1e-5
@@ -89,6 +89,8 @@ class Launch:
                 "JAX_NUM_CPU_DEVICES": str(devices // count),
                 "JAX_PARTITION_INDEX": str(index),  # as if each were on a machine of its own
                 "PYTHONPATH": "",
+                # Of a busy machine's processes one may wait long for another.
+                "XLA_FLAGS": "--xla_cpu_collective_timeout_seconds=300",
             }
             self.processes.append(
                 subprocess.Popen(
@@ -102,7 +104,7 @@ class Launch:
                 )
             )
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Kills what is left after `timeout` seconds, and fails."""
         deadline = time.monotonic() + timeout
         outputs = []
@@ -115,6 +117,15 @@ class Launch:
         self.output = [out for out, _ in outputs]
         self.errors = [err for _, err in outputs]
         return [process.returncode for process in self.processes]
+
+    def until(self, condition, timeout=300):
+        """Waits for something that happens while all of them run."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if any(process.poll() is not None for process in self.processes):
+                pytest.fail(f"ended too early: {self.wait()}, {self.errors}")
+            assert time.monotonic() < deadline, "it has not come to pass"
+            time.sleep(0.02)
 
     def kill(self):
         for process in self.processes:
@@ -141,13 +152,6 @@ def launch():
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-def wait_for(condition, timeout=90):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come to pass"
-        time.sleep(0.02)
 
 
 def records_of(workdir):
@@ -195,6 +199,14 @@ def test_two_processes_train_as_one_does(runs):
     assert results[0]["hashes"] == results[1]["hashes"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_processes_that_share_rows_train_as_one_does(launch, pretrain, runs, tmp_path, axis):
+    four = launch(4, [*pretrain, "--config.mesh.data=1", f"--config.mesh.{axis}=2"])
+    assert four.wait() == [0] * 4, four.errors
+    assert_same_records(tmp_path / "run", runs(1), TOLERANCE)
+
+
 # --- what is refused at the start -----------------------------------------------------------------
 
 
@@ -240,6 +252,23 @@ def test_a_run_directory_that_is_not_shared_is_refused(launch, pretrain, tmp_pat
 
 
 @pytest.mark.slow
+def test_texts_that_differ_are_refused(launch, folder, tmp_path):
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for each in folders:
+        shutil.copytree(ROOT / "llm_jax", each / "llm_jax")
+        for name in ("corpus.txt", "other.txt"):
+            shutil.copy(folder / name, each)
+    with open(folders[1] / "other.txt", "a") as file:
+        file.write("one word more")
+    flags = [f"--config={PRETRAIN}:.", f"--workdir={tmp_path / 'run'}"]
+    two = launch(2, flags, packages=folders)
+    assert two.wait() == [2, 2], two.errors
+    for error in two.errors:
+        assert "error: the hash of the data in process 1 is another than in process 0" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_an_error_of_one_alone_ends_the_others_too(launch, pretrain, tmp_path):
     def without_a_cache(port, count, index):
         flags, environment = by_flags(port, count, index)
@@ -264,10 +293,10 @@ def test_when_one_is_killed_the_others_end_and_all_go_on_from_there(
 ):
     workdir = tmp_path / "run"
     two = launch(2, [*pretrain, "--config.checkpoint.every=1"])
-    wait_for(lambda: (latest_step(workdir) or 0) >= 3)
+    two.until(lambda: (latest_step(workdir) or 0) >= 3)
     two.processes[killed].kill()
     began = time.monotonic()
-    statuses = two.wait(timeout=60)
+    statuses = two.wait()
     assert time.monotonic() - began < 45  # the heartbeat's 8 seconds, and some
     assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] != 0
     assert latest_step(workdir) < STEPS
@@ -284,7 +313,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_fewer_go_on(launch, pretrain, 
     steps = [0]
     for count in (4, 2):
         part = launch(count, [*pretrain, "--config.checkpoint.every=1"])
-        wait_for(lambda: (latest_step(workdir) or 0) > steps[-1])
+        part.until(lambda: (latest_step(workdir) or 0) > steps[-1])
         part.processes[-1].terminate()
         assert part.wait() == [143] * count, part.errors
         result = json.loads((workdir / "result.json").read_text())

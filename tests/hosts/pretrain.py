@@ -18,7 +18,7 @@ STEPS = 12
 def get_config(folder):
     return defaults(
         PretrainConfig,
-        model=ModelConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64),
+        model=ModelConfig(embed_dim=32, num_layers=1, num_heads=2, mlp_dim=64, max_length=64),
         tokenizer=TokenizerConfig(path="bytes"),
         data=DataConfig(
             source=f"{folder}/corpus.txt",
@@ -33,6 +33,6 @@ def get_config(folder):
         evaluation=PretrainEvaluationConfig(every=4, rows=11),
         checkpoint=CheckpointConfig(every=6),
         metrics=MetricsConfig(every=1, tensorboard=False),
-        sample=SampleConfig(max_new_tokens=8),
+        sample=SampleConfig(max_new_tokens=0),
         mesh=MeshConfig(data=-1, fsdp=2),
     )
