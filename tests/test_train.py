@@ -35,6 +35,7 @@ from llm_jax.trainers.base import (
     EvaluationConfig,
     ProfileConfig,
     RunConfig,
+    SampleConfig,
     Setting,
     Trainer,
 )
