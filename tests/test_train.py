@@ -35,6 +35,7 @@ from llm_jax.trainers.base import (
     EvaluationConfig,
     ProfileConfig,
     RunConfig,
+    SampleConfig,
     Setting,
     Trainer,
 )
@@ -219,6 +220,27 @@ def test_a_resumed_run_may_change_its_mesh(whole_run, run_on, tmp_path):
     assert set(batches) == set(range(11, STEPS))
     for step, batch in batches.items():
         jax.tree.map(np.testing.assert_array_equal, batch, expected[step])
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_goes_on_on_one_device(tiny_config, run_on, tmp_path):
+    """Through training, evaluation, checkpoint and sample: what is stored knows of no stages."""
+    config = tiny_config(
+        model=ModelConfig(
+            embed_dim=32, num_layers=4, num_heads=2, mlp_dim=64, max_length=128, scan_layers=True
+        ),
+        sample=SampleConfig(max_new_tokens=3),
+    )
+    assert run_on(1, config, tmp_path / "one") == 0
+    config.mesh.update(data=1, stage=4)
+    with Stop(3):
+        assert run_on(4, config, tmp_path / "stages") == 128 + signal.SIGTERM
+    config.mesh.update(data=1, stage=1)
+    assert run_on(1, config, tmp_path / "stages") == 0
+    found, expected = tmp_path / "stages", tmp_path / "one"
+    np.testing.assert_allclose(losses_of(found), losses_of(expected), rtol=1e-4)
+    params = [saved(workdir, 6)[0]["params"] for workdir in (found, expected)]
+    assert_close_trees(*params)
 
 
 def losses_of(workdir):
