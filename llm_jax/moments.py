@@ -36,7 +36,7 @@ def keep_second_moment_in_bfloat16(
         leaves, structure = jax.tree.flatten(new.nu)
         rngs = jax.random.split(jax.random.fold_in(jax.random.key(0), new.count), len(leaves))
         rounded = [round_to_bfloat16(x, rng) for x, rng in zip(leaves, rngs, strict=True)]
-        return updates, new._replace(nu=structure.unflatten(rounded))
+        return updates, new._replace(nu=jax.tree.unflatten(structure, rounded))
 
     return optax.GradientTransformation(init, update)
 
