@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.memory import Space
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from llm_jax.errors import UserError, did_you_mean
@@ -246,16 +245,16 @@ def keep_on_host(
     Inside a jitted function only; `init` says by its results' memory spaces where they live.
     """
 
-    def moved(state: Any, space: Space) -> Any:
+    def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
     def init(params: Any) -> Any:
-        return moved(inner.init(params), Space.Host)
+        return moved(inner.init(params), jax.memory.Space.Host)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        state = moved(state, Space.Device)
+        state = moved(state, jax.memory.Space.Device)
         updates, state = inner.update(updates, state, params, **extra)
-        return updates, moved(state, Space.Host)
+        return updates, moved(state, jax.memory.Space.Host)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -14,7 +14,6 @@ import flax.struct
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.memory import Space
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.errors import UserError
@@ -154,9 +153,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def in_space(where: NamedSharding, space: Space) -> NamedSharding:
+def in_space(where: NamedSharding, space: Any) -> NamedSharding:
     """The same shards in the devices' own memory, or in that of their host."""
-    return where.with_memory_kind("pinned_host") if space == Space.Host else where
+    return where.with_memory_kind("pinned_host") if space == jax.memory.Space.Host else where
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
