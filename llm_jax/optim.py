@@ -58,7 +58,8 @@ class OptimizerConfig:
     # Second moment of AdamW and of Muon's Adam; bfloat16 is rounded at random (see `moments`).
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
     # Between updates the moments are in the host's memory: of their 8 bytes a parameter (less in
-    # bfloat16) the devices hold none during the forward and backward passes (arXiv:2101.06840).
+    # bfloat16) the devices hold none during the forward and backward passes (arXiv:2101.06840). The
+    # update needs them all at once, so only where activations take more than that does it help.
     offload: bool = False
     parameter_scale: bool = False  # Adafactor: multiply updates by the RMS of each parameter
 
