@@ -154,7 +154,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def in_space(where: NamedSharding, space: Any) -> NamedSharding:
-    """The same shards in the devices' own memory, or in that of their host."""
+    """The same shards in a `jax.memory.Space`: the devices' own memory, or that of their host."""
     return where.with_memory_kind("pinned_host") if space == jax.memory.Space.Host else where
 
 
