@@ -121,7 +121,8 @@ def wait_for_all(moment: str) -> None:
         from jax._src.distributed import global_state
 
         number = next(_MOMENTS)
-        global_state.client.wait_at_barrier(f"llm_jax/{number}/{moment}", _PATIENCE * 1000)
+        client: Any = global_state.client
+        client.wait_at_barrier(f"llm_jax/{number}/{moment}", _PATIENCE * 1000)
 
 
 def ask_all(value: bool) -> list[bool]:

@@ -58,7 +58,8 @@ class OptimizerConfig:
     # Second moment of AdamW and of Muon's Adam; bfloat16 is rounded at random (see `moments`).
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
     # Between updates the moments are in the host's memory: of their 8 bytes a parameter (less in
-    # bfloat16) the devices hold none during the forward and backward passes (arXiv:2101.06840).
+    # bfloat16) the devices hold none during the forward and backward passes (arXiv:2101.06840). The
+    # update needs them all at once, so only where activations take more than that does it help.
     offload: bool = False
     parameter_scale: bool = False  # Adafactor: multiply updates by the RMS of each parameter
 
@@ -103,8 +104,8 @@ def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
 
     `init(params)` is pure and may be jitted. `update(gradients, state, params, learning_rate=x)`
     takes gradients of any float dtype with the structure of `params` and a float32 scalar; the
-    returned updates are added with `optax.apply_updates`. On a skipped step that addition changes
-    no bit of the parameters.
+    returned updates are added with `optax.apply_updates`, or come added with `apply=True`. A
+    skipped step changes no bit of the parameters.
 
     Args:
       config: the settings.
@@ -319,13 +320,18 @@ def skip_bad_steps(
     clipping no spike would be left to see. A skipped step leaves `inner`'s state and the mean as
     they are, bit for bit, and its updates are −0.0, the one number that leaves every parameter
     unchanged when added (+0.0 would turn −0.0 into +0.0).
+
+    With `apply=True`, `update` returns the new parameters instead: made inside the branch, they
+    take the place of the old ones, and no updates take memory of their own.
     """
 
     def init(params: Any) -> SkipState:
         zero, none = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
         return SkipState(inner.init(params), zero, zero, none, none, none)
 
-    def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: Any, state: SkipState, params: Any = None, *, apply: bool = False, **extra: Any
+    ) -> Any:
         norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
         accept = jnp.isfinite(norm)
         if spike_factor is not None:
@@ -338,6 +344,7 @@ def skip_bad_steps(
         def accepted() -> tuple[Any, SkipState]:
             exact = optax.tree.cast(updates, jnp.float32)
             new, inner_state = inner.update(exact, state.inner, params, **extra)
+            new = optax.apply_updates(params, new) if apply else new
             new_state = state._replace(
                 inner=inner_state,
                 gradient_norm=norm,
@@ -353,6 +360,8 @@ def skip_bad_steps(
                 skipped_steps=state.skipped_steps + 1,
                 consecutive_skips=state.consecutive_skips + 1,
             )
+            if apply:
+                return params, new_state
             return jax.tree.map(lambda u: jnp.full_like(u, -0.0, jnp.float32), updates), new_state
 
         # A branch, because selecting between the old and the new state would make XLA copy every

@@ -231,10 +231,9 @@ def make_train_step(
         count = metrics["loss"].count
         count = jnp.where(count > 0, count, 1)
         gradients = jax.tree.map(lambda g: (g / count).astype(g.dtype), gradients)
-        updates, opt_state = optimizer.update(
-            gradients, state.opt_state, state.params, learning_rate=learning_rate
+        params, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, learning_rate=learning_rate, apply=True
         )
-        params = optax.apply_updates(state.params, updates)
         state = TrainState(state.step + 1, params, opt_state, state.rng, state.frozen)
         return state, {**metrics, **optim.read_metrics(opt_state)}
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,14 @@ def test_non_finite_step_changes_no_bit_and_is_counted(name):
         assert after.accepted_steps == state.accepted_steps == 3
         assert read_metrics(after)["skipped_steps"] == 1
 
+    apply = jax.jit(functools.partial(make_optimizer(config, params).update, apply=True))
+    for before in (params, signed_zeros):
+        assert_bitwise_equal(apply(gradients, state, before, learning_rate=RATE)[0], before)
+
     updates, after = update(unit_gradients(seed=4), state, params, learning_rate=RATE)
+    applied, _ = apply(unit_gradients(seed=4), state, params, learning_rate=RATE)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, applied, apply_updates(params, updates))
     assert read_metrics(after)["skipped_steps"] == 0
     assert not np.array_equal(ema_params(after)["embedding"], ema_params(state)["embedding"])
 

@@ -19,8 +19,7 @@ before them: with these, save_qkv_attention and save_products do run some produc
 "dots" keeps the results of all products and "dots_no_batch" those with parameters, in float32, as
 `product` returns them; flash kernels run again.
 
-Activations in the host's memory (Rajbhandari et al. 2020, arXiv:1910.02054, section 8) are copied
-while other layers compute.
+Activations in the host's memory (ZeRO-R, arXiv:1910.02054) go and come while other layers compute.
 """
 
 from __future__ import annotations

@@ -251,6 +251,24 @@ def test_tokens_go_to_their_experts_by_all_to_all():
     assert "all-gather" not in text and "all-reduce" not in text
 
 
+def test_kernels_travel_in_the_dtype_of_the_products_and_gradients_in_float32():
+    module, params = make(dtype="bfloat16")
+    x, real = inputs(8)
+
+    def total(params):
+        out, _ = module.apply({"params": params}, x, real, dropless=True)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
+        text = str(jax.make_jaxpr(jax.grad(total))(params))
+    shapes = {name: f"[{','.join(map(str, kernel.shape))}]" for name, kernel in params.items()}
+    for name in ("gate_up", "down"):
+        assert f":bf16{shapes[name]} = all_gather[" in text
+        assert f":f32{shapes[name]} = all_gather[" not in text
+    for part in (f"[{E},{D // 8},2,{M}]", f"[{E},{M},{D // 8}]"):
+        assert f":f32{part} = reduce_scatter[" in text
+
+
 # --- what has no influence ------------------------------------------------------------------------
 
 

@@ -209,6 +209,15 @@ def test_bfloat16_keeps_float32_parameters_and_agrees_roughly():
     np.testing.assert_allclose(hidden.astype(jnp.float32), expected, atol=0.1)
 
 
+def test_a_model_for_other_devices_is_initialised_on_any_mesh():
+    """The TPU's kernel wants rows for every shard; a model is made of one token."""
+    model = LanguageModel(dataclasses.replace(CONFIG, scan_layers=True), "tpu")
+    assert model.backend == "splash"
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=-1))):
+        boxed = jax.eval_shape(model.init, jax.random.key(0))
+    assert unbox(boxed)["embedding"].shape == (CONFIG.vocab_size, CONFIG.embed_dim)
+
+
 def test_init_scales():
     config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=256, scan_layers=True)
     params = unbox(jax.jit(LanguageModel(config).init)(jax.random.key(0)))

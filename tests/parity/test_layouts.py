@@ -146,7 +146,9 @@ class Training:
         made = []
         with jax.set_mesh(self.mesh):
             for number in range(STEPS):
-                self.state, metrics = self.compiled(self.state, self._place(number), np.float32(3e-3))
+                self.state, metrics = self.compiled(
+                    self.state, self._place(number), np.float32(3e-3)
+                )
                 made.append([float(metrics["loss"].value()), float(metrics["grad_norm"])])
         return made
 
@@ -181,9 +183,7 @@ def test_one_device_trains_as_it_always_did(name):
     np.testing.assert_allclose(on_one_device(name), read("losses.json")[name], rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "name, axes", matrix([(axis,) for axis in AXES], ("dense", "moe"))
-)
+@pytest.mark.parametrize("name, axes", matrix([(axis,) for axis in AXES], ("dense", "moe")))
 def test_an_axis_changes_no_step(name, axes):
     compare(name, axes)
 
@@ -205,7 +205,9 @@ def test_a_product_of_axes_changes_no_step(name, axes):
 ])  # fmt: skip
 def test_other_ways_over_the_same_axes_change_no_step(changes, axes):
     alone = Training("dense", ONE, **changes).losses()
-    np.testing.assert_allclose(Training("dense", layout(*axes), **changes).losses(), alone, rtol=2e-5)
+    np.testing.assert_allclose(
+        Training("dense", layout(*axes), **changes).losses(), alone, rtol=2e-5
+    )
 
 
 def compare(name, axes):

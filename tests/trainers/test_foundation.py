@@ -1,11 +1,13 @@
 """What a stage stands on: inherited or new, whole or adapted, and what it refuses."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from llm_jax import mesh as mesh_module
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.errors import UserError
 from llm_jax.mesh import MeshConfig, make_mesh
@@ -15,7 +17,8 @@ from llm_jax.models.lora import LoraConfig
 from llm_jax.models.quantize import Quantized
 from llm_jax.optim import OptimizerConfig
 from llm_jax.runs import load_run
-from llm_jax.trainers import origin
+from llm_jax.step import StepConfig
+from llm_jax.trainers import foundation, origin
 
 ONE_STEP = (PhaseConfig(length=32, batch=8, steps=1),)
 FROZEN = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
@@ -195,6 +198,8 @@ def test_the_mesh_changes_nothing_but_the_rounding(start, opened, stage, section
     ({"model": ModelConfig(lora=LoraConfig(targets=("nothing",)))}, "nothing"),
     ({"phases": (PhaseConfig(length=999, batch=8, steps=1),), "model": ModelConfig(max_length=64)},
      "length 999 is past the positions"),
+    ({"step": StepConfig(parameter_dtype="bfloat16")},
+     r"parameter_dtype='bfloat16' .* model\.dtype='float32' .*: set config\.model\.dtype"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(build, sections, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -207,3 +212,21 @@ def test_a_length_that_the_context_axis_does_not_cut_is_refused(build):
     phases = (PhaseConfig(length=30, batch=8, steps=1),)
     with pytest.raises(UserError, match=r"length 30 is not a multiple of 8, .* make it 24 or 32"):
         build("sft", mesh=mesh, phases=phases)
+
+
+@pytest.mark.parametrize("sections, setting", [
+    ({"optimizer": OptimizerConfig(offload=True)}, r"config\.optimizer\.offload"),
+    ({"model": ModelConfig(remat="offload")}, r"config\.model\.remat='offload'"),
+])  # fmt: skip
+def test_devices_that_reach_no_host_memory_are_told_before_anything_is_compiled(
+    build, sections, setting
+):
+    memories = [mock.Mock(kind="device")]
+    device = mock.Mock(addressable_memories=lambda: memories, platform="cpu")
+    far = mock.Mock(devices=np.array([device]))
+    real = mesh_module.require_host_memory
+    with (
+        mock.patch.object(foundation, "require_host_memory", lambda _, name: real(far, name)),
+        pytest.raises(UserError, match=f"{setting} needs host memory .* cpu devices reach none"),
+    ):
+        build("sft", **sections)
