@@ -27,6 +27,8 @@ from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.mesh import make_mesh, resolve
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
+from llm_jax.models.context import check_context
+from llm_jax.models.pipeline import micro_batches_per_stage
 from llm_jax.models.size import flops_per_token, keys_seen
 from llm_jax.objectives import lm
 from llm_jax.scaling import hlo, program
@@ -148,6 +150,8 @@ def compile_train_step(
     mesh = make_mesh(config.mesh, devices)
     check_mesh(model_config, resolve(config.mesh, mesh.size), phase.length, phase.batch)
     model = LanguageModel(model_config, devices[0].platform)
+    check_context(model_config, model.backend, mesh, phase.length)
+    pieces = micro_batches_per_stage(model_config, mesh)
     name = f"train, {phase.batch:,} rows of {phase.length:,}"
     with jax.set_mesh(mesh):
         state, shardings, batch = _abstract(config, model_config, phase, mesh)
@@ -156,7 +160,8 @@ def compile_train_step(
             optim.make_optimizer(config.optimizer, state.params),
             mesh=mesh,
             shardings=shardings,
-            micro_batches=step.micro_batches(config.step, phase.batch, phase.length, mesh),
+            micro_batches=step.micro_batches(config.step, phase.batch, phase.length, mesh, pieces),
+            parameter_dtype=config.step.parameter_dtype,
         )
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         lowered = train_step.lower(state, batch, rate)
