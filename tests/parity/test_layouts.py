@@ -1,5 +1,5 @@
-"""The conformance matrix: five steps of training on every mesh axis, and on products of them, against
-one device in float32; and the exchanges of each compiled step.
+"""The conformance matrix: five steps of training on every mesh axis, and on products of them,
+against one device in float32; and the exchanges of each compiled step.
 
 Losses and gradient norms agree within a relative 2e-5: sums in another order. Those of one device
 are kept in tests/golden/losses.json, and the exchanges in tests/golden/collectives.json, so that no
@@ -8,6 +8,7 @@ change alters either unseen. `python tests/parity/test_layouts.py` writes both f
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -53,23 +54,29 @@ PRODUCTS = (
 )  # fmt: skip
 
 
+# What every run of the tests compares, and what the slow ones do beside.
+FAST = [("dense", (axis,)) for axis in AXES if axis != "expert"] + [
+    ("moe", ("expert",)), ("moe", ("data",)),
+]  # fmt: skip
+SLOW = [
+    *((name, axes) for name in ("dense", "moe") for axes in PRODUCTS),
+    *(("moe", (axis,)) for axis in ("fsdp", "tensor", "context", "stage")),
+    *((name, (axis,)) for name in MODELS if name not in ("dense", "moe")
+      for axis in ("fsdp", "tensor", "context")),
+    ("capacity", ("expert",)), ("lora", ("stage",)), ("plain", ("stage", "fsdp", "tensor")),
+]  # fmt: skip
+
+
 def layout(*axes):
     return MeshConfig(**{"data": 1, **dict.fromkeys(axes, 2)})
 
 
-def makes_sense(name, axes):
-    model = MODELS[name]
-    return ("expert" not in axes or model.moe is not None) and (
-        "stage" not in axes or model.scan_layers
-    )
-
-
-def matrix(layouts, names):
+def cases(pairs):
+    """Pairs that exist: an axis of experts needs some."""
     return [
         pytest.param(name, axes, id=f"{name}-{'-'.join(axes)}")
-        for name in names
-        for axes in layouts
-        if makes_sense(name, axes)
+        for name, axes in pairs
+        if "expert" not in axes or MODELS[name].moe is not None
     ]
 
 
@@ -84,7 +91,7 @@ def batches():
         positions = np.zeros_like(segments)
         for row in range(BATCH):
             cuts = [0, *sorted(rng.choice(np.arange(4, 28), 2, replace=False)), LENGTH - row % 3]
-            for number, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False), start=1):
+            for number, (begin, end) in enumerate(itertools.pairwise(cuts), start=1):
                 segments[row, begin:end] = number
                 positions[row, begin:end] = np.arange(end - begin)
         counted = (segments > 0) & (rng.random(segments.shape) < 0.8)
@@ -183,16 +190,13 @@ def test_one_device_trains_as_it_always_did(name):
     np.testing.assert_allclose(on_one_device(name), read("losses.json")[name], rtol=2e-5)
 
 
-@pytest.mark.parametrize("name, axes", matrix([(axis,) for axis in AXES], ("dense", "moe")))
+@pytest.mark.parametrize("name, axes", cases(FAST))
 def test_an_axis_changes_no_step(name, axes):
     compare(name, axes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, axes", [
-    *matrix(PRODUCTS, MODELS),
-    *matrix([(axis,) for axis in AXES], [n for n in MODELS if n not in ("dense", "moe")]),
-])  # fmt: skip
+@pytest.mark.parametrize("name, axes", cases(SLOW))
 def test_a_product_of_axes_changes_no_step(name, axes):
     compare(name, axes)
 
@@ -200,14 +204,13 @@ def test_a_product_of_axes_changes_no_step(name, axes):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, axes", [
     ({"context_attention": "all_gather"}, ("fsdp", "context", "tensor")),
-    ({"pipeline": PipelineConfig(repeats=2), "attention_pattern": None}, ("stage", "data", "tensor")),
+    ({"pipeline": PipelineConfig(repeats=2), "attention_pattern": None}, ("stage", "tensor")),
     ({"pipeline": PipelineConfig(micro_batches=4)}, ("stage", "data")),
 ])  # fmt: skip
 def test_other_ways_over_the_same_axes_change_no_step(changes, axes):
     alone = Training("dense", ONE, **changes).losses()
-    np.testing.assert_allclose(
-        Training("dense", layout(*axes), **changes).losses(), alone, rtol=2e-5
-    )
+    split = Training("dense", layout(*axes), **changes).losses()
+    np.testing.assert_allclose(split, alone, rtol=2e-5)
 
 
 def compare(name, axes):
@@ -220,14 +223,11 @@ def write():
     with jax.default_matmul_precision("highest"):
         losses = {name: on_one_device(name) for name in MODELS}
         (GOLDEN / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
-        layouts = [*PRODUCTS, *((axis,) for axis in AXES)]
         exchanges = {}
-        for name in MODELS:
-            for axes in layouts:
-                if makes_sense(name, axes):
-                    key = f"{name} {' '.join(axes)}"
-                    exchanges[key] = Training(name, layout(*axes)).exchanges()
-                    print(key, exchanges[key], file=sys.stderr)
+        for case in cases([*FAST, *SLOW]):
+            name, axes = case.values
+            exchanges[f"{name} {' '.join(axes)}"] = Training(name, layout(*axes)).exchanges()
+            print(case.id, file=sys.stderr, flush=True)
         (GOLDEN / "collectives.json").write_text(json.dumps(exchanges, indent=1) + "\n")
 
 
