@@ -97,11 +97,14 @@ def training_memory(
     rows = batch / (mesh.stage * mesh.data * mesh.fsdp * mesh.expert) / micro_batches
     tokens = rows * length / mesh.context
     points = _points(model, mesh, planned, tokens, length, chunk, platform)
+    moments = optimizer_bytes(planned, optimizer)
+    # Between updates the host holds them.
+    offloaded = moments if optimizer.offload else {}
     return TrainingMemory(
-        state={"parameters": planned.float32_bytes, **optimizer_bytes(planned, optimizer)},
+        state={"parameters": planned.float32_bytes, **({} if offloaded else moments)},
         points={
             **{point: {**gradients, **before, **held} for point, held in points.items()},
-            "update": {**gradients, "updates": planned.float32_bytes},
+            "update": {**gradients, **offloaded},
         },
     )
 
@@ -115,13 +118,18 @@ def optimizer_bytes(planned: Plan, optimizer: OptimizerConfig) -> Bytes:
     Moments are laid out as their parameters are. Adafactor's factored ones have shapes of their own
     and lie whole on every device.
     """
-    first_width = jnp.dtype(optimizer.mu_dtype).itemsize
+    first_width, second_width = (
+        jnp.dtype(dtype).itemsize for dtype in (optimizer.mu_dtype, optimizer.nu_dtype)
+    )
     values = sum(p.chip_values for p in planned.parameters)
     muon = sum(p.chip_values for p in planned.parameters if _is_muon_kernel(p))
     by_name: dict[str, Bytes] = {
-        "adamw": {"first moment": first_width * values, "second moment": 4 * values},
+        "adamw": {"first moment": first_width * values, "second moment": second_width * values},
         "lion": {"first moment": first_width * values},
-        "muon": {"first moment": first_width * values, "second moment": 4 * (values - muon)},
+        "muon": {
+            "first moment": first_width * values,
+            "second moment": second_width * (values - muon),
+        },
         "adafactor": {"second moment": sum(map(_factored_bytes, planned.parameters))},
     }
     found = by_name[optimizer.name]
@@ -171,7 +179,7 @@ def _points(
         _kept_of_layer, mesh=mesh, tokens=tokens, length=length, platform=platform
     )
     stacked = model
-    if platform == "cpu" and model.remat != "full":
+    if platform == "cpu" and model.remat not in ("full", "offload"):
         # Its XLA widens what has 16 bits as soon as it is computed, and keeps it so for later.
         stacked = dataclasses.replace(model, dtype="float32")
     saved: Bytes = {"saved activations": model.num_layers * layers(stacked)}
@@ -181,7 +189,7 @@ def _points(
     gathered = width + 4 if mesh.fsdp > 1 else 0
     output = model.vocab_size * model.embed_dim / mesh.tensor
     at_work = layers(dataclasses.replace(model, remat="none"))
-    if model.remat not in ("none", "full"):  # what is saved is not computed again
+    if model.remat not in ("none", "full", "offload"):  # what is saved is not computed again
         at_work -= layers(model) - layers(dataclasses.replace(model, remat="full"))
     layer: Bytes = {
         "one layer's activations": at_work,
@@ -231,6 +239,8 @@ def _kept_of_layer(
     The tensor axis splits the residual stream between the products, and heads and MLPs inside. The
     tokens that an expert axis brings together are counted for each of its devices.
     """
+    if model.remat == "offload":  # the layer's input, in the host's memory
+        return 0
     if model.remat == "full":  # the layer's input
         return tokens * model.embed_dim * jnp.dtype(model.dtype).itemsize / mesh.tensor
     attention = choose_backend(model, platform)
