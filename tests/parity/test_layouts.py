@@ -2,8 +2,8 @@
 against one device in float32; and the exchanges of each compiled step.
 
 Losses and gradient norms agree within a relative 2e-5: sums in another order. Those of one device
-are kept in tests/golden/losses.json, and the exchanges in tests/golden/collectives.json, so that no
-change alters either unseen. `python tests/parity/test_layouts.py` writes both files anew.
+are kept in tests/golden/layouts.json, and so are the exchanges, so that no
+change alters either unseen. `python tests/parity/test_layouts.py` writes the file anew.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from llm_jax.optim import OptimizerConfig
 from llm_jax.scaling import hlo, program
 from llm_jax.types import Batch
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden" / "layouts.json"
 STEPS, BATCH, LENGTH, VOCABULARY = 5, 8, 32, 64
 
 DENSE = ModelConfig(
@@ -175,8 +175,9 @@ def on_one_device(name):
         return Training(name, ONE).losses()
 
 
-def read(name):
-    return json.loads((GOLDEN / name).read_text())
+@functools.cache
+def golden():
+    return json.loads(GOLDEN.read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +188,7 @@ def _exact_products():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_device_trains_as_it_always_did(name):
-    np.testing.assert_allclose(on_one_device(name), read("losses.json")[name], rtol=2e-5)
+    np.testing.assert_allclose(on_one_device(name), golden()["losses"][name], rtol=2e-5)
 
 
 @pytest.mark.parametrize("name, axes", cases(FAST))
@@ -216,19 +217,19 @@ def test_other_ways_over_the_same_axes_change_no_step(changes, axes):
 def compare(name, axes):
     training = Training(name, layout(*axes))
     np.testing.assert_allclose(training.losses(), on_one_device(name), rtol=2e-5)
-    assert training.exchanges() == read("collectives.json")[f"{name} {' '.join(axes)}"]
+    assert training.exchanges() == golden()["exchanges"][f"{name} {' '.join(axes)}"]
 
 
 def write():
     with jax.default_matmul_precision("highest"):
         losses = {name: on_one_device(name) for name in MODELS}
-        (GOLDEN / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
         exchanges = {}
         for case in cases([*FAST, *SLOW]):
             name, axes = case.values
             exchanges[f"{name} {' '.join(axes)}"] = Training(name, layout(*axes)).exchanges()
             print(case.id, file=sys.stderr, flush=True)
-        (GOLDEN / "collectives.json").write_text(json.dumps(exchanges, indent=1) + "\n")
+        content = {"losses": losses, "exchanges": exchanges}
+        GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
