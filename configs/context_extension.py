@@ -73,7 +73,7 @@ def _preset(size):
         model=dataclasses.replace(
             model, dtype="bfloat16", scan_layers=whole_patterns, remat="full"
         ),
-        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
+        tokenizer=TokenizerConfig(vocab_size=model.vocab_size or 32_768),
         data=DataConfig(packing="best_fit", needle=NeedleConfig(share=0.001)),
         loss=LossConfig(chunk=2048, z_loss=1e-4),
         phases=tuple(

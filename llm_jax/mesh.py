@@ -27,7 +27,7 @@ class MeshConfig:
     fsdp: int = 1  # parts of every parameter, and of the batch
     tensor: int = 1  # parts of heads, MLPs and vocabulary
     expert: int = 1  # of a mixture of experts; one more axis of the batch for all else
-    context: int = 1  # parts of every row
+    context: int = 1  # parts of every row, and of the parameters
     stage: int = 1  # groups of layers, one after another: a pipeline
     # Which axis crosses the slow network between the slices of a TPU pod; the others stay inside.
     across_slices: Literal["data", "fsdp", "stage"] = "data"

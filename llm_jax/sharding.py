@@ -21,7 +21,8 @@ from llm_jax.errors import UserError
 # Logical axis → mesh axes. Parameters first, then activations, which have names of their own
 # because the same dimension is laid out differently in the two.
 RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp",),
+    # The devices that share a row by the context axis share the parameters, too.
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
@@ -95,11 +96,11 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
     for axis in axes:
         if axis is not None and axis not in RULES:
             raise ValueError(f"unknown logical axis {axis!r} in {tuple(axes)}")
-        mesh_axes = () if axis is None else RULES[axis]
-        if used & set(mesh_axes):
-            raise ValueError(f"two dimensions of {tuple(axes)} map to mesh axis {mesh_axes}")
-        used |= set(mesh_axes)
-        entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+        found = () if axis is None else RULES[axis]
+        if used & set(found):
+            raise ValueError(f"two dimensions of {tuple(axes)} map to mesh axis {found}")
+        used |= set(found)
+        entries.append(found if len(found) > 1 else (found[0] if found else None))
     return PartitionSpec(*entries)
 
 
@@ -124,10 +125,10 @@ def fitting_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionS
 def _fitting(mesh: AbstractMesh, entry: Any, size: int) -> Any:
     """As many of the leading mesh axes as divide a dimension: rows that are decoded one token at a
     time are not cut."""
-    mesh_axes = _mesh_axes(entry)
-    while size % math.prod(mesh.shape[axis] for axis in mesh_axes):
-        mesh_axes = mesh_axes[:-1]
-    return mesh_axes or None
+    axes = mesh_axes(entry)
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes or None
 
 
 def time_shards(time: int) -> int:
@@ -136,7 +137,7 @@ def time_shards(time: int) -> int:
     if mesh.empty:
         return 1
     entry = _fitting(mesh, RULES["activation_residual_time"], time)
-    return math.prod(mesh.shape[axis] for axis in _mesh_axes(entry))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -172,12 +173,12 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
         names, shape = _names_and_shape(box)
         partition = spec(names)
         for dimension, (size, entry) in enumerate(zip(shape, partition, strict=True)):
-            mesh_axes = _mesh_axes(entry)
-            ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            axes = mesh_axes(entry)
+            ways = math.prod(mesh.shape[axis] for axis in axes)
             if size % ways:
                 raise UserError(
                     f"parameter {_name(path)} has {size} along {names[dimension]!r}, which mesh "
-                    f"axes {mesh_axes} of {ways} devices do not divide: change config.mesh or "
+                    f"axes {axes} of {ways} devices do not divide: change config.mesh or "
                     f"the model's size."
                 )
         return NamedSharding(mesh, partition)
@@ -218,7 +219,7 @@ def tree_shardings(mesh: Mesh, params: Any, param_shardings: Any, tree: Any) -> 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _mesh_axes(entry: Any) -> tuple[str, ...]:
+def mesh_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
 

@@ -54,12 +54,14 @@ def test_a_mesh_of_some_devices():
 
 
 def test_logical_names_map_by_the_table():
-    assert spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
+    assert spec(("vocab", "embed")) == PartitionSpec("tensor", ("fsdp", "context"))
     assert spec(("layers", None, "heads")) == PartitionSpec("stage", None, "tensor")
     assert spec(("activation_batch", "activation_time")) == PartitionSpec(
         ("data", "fsdp", "expert"), "context"
     )
-    assert spec(("experts", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
+    assert spec(("experts", "embed", "mlp")) == PartitionSpec(
+        "expert", ("fsdp", "context"), "tensor"
+    )
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused():

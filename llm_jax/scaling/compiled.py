@@ -81,8 +81,8 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """A program that the compiler refuses, since it needs more memory than a device has; `needed`
-    is None where the compiler does not say how much."""
+    """A program that the compiler refuses, since it needs more memory than a device has: `needed`
+    bytes at least, None where the compiler does not say how much."""
 
     name: str
     needed: float | None
@@ -315,9 +315,13 @@ def _passes(kernels: dict[str, float]) -> float:
 
 
 def _needed(message: str) -> float | None:
-    """Bytes that a program would need, from "Used 17.25G of 15.75G hbm"."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    return float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1) if match else None
+    """Bytes that a program would need, from "Used 17.25G of 15.75G hbm", or of temporaries alone
+    "(28.66G) exceeds"."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
+    if match is None:
+        return None
+    number, unit = match[1] or match[3], match[2] or match[4]
+    return float(number) * 1024 ** ("KMGT".index(unit) + 1)
 
 
 def _bytes(tree: Any) -> int:

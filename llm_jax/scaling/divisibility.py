@@ -49,10 +49,10 @@ def divisions(model: ModelConfig, length: int, batch: int) -> tuple[Division, ..
         Division(("tensor",), "model.num_kv_heads", model.kv_heads),
         Division(("tensor",), "model.mlp_dim", model.mlp_dim),
         Division(("tensor",), "model.vocab_size", model.vocab_size),
-        Division(("fsdp",), "model.embed_dim", model.embed_dim),
         Division(("stage",), what, groups),
         Division(("expert",), "model.moe.num_experts", experts),
         Division(("context",), "the length", length, pieces=2),
+        Division(("fsdp", "context"), "model.embed_dim", model.embed_dim),
         Division(("stage", "data", "fsdp", "expert"), "the batch", batch),
     )
 

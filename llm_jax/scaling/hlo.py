@@ -105,10 +105,12 @@ class Module:
         }
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs, from its condition: a counter below a constant.
-
-        1 where the condition says something else, as that of a loop until convergence.
+        """How often a loop's body runs: as XLA notes, or by its condition, a counter below a
+        constant. 1 where neither says so, as of a loop until convergence.
         """
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if noted:
+            return int(noted[1])
         called = dict(loop.called())
         condition = self.computations[called["condition"]]
         compare = condition.root

@@ -186,7 +186,7 @@ def _points(
     hidden = tokens * model.embed_dim / mesh.tensor  # values
     held = tokens if chunk is None else tokens * min(1, chunk / length)
     # Where parameters are split, a product needs them whole, and their gradient is whole at first.
-    gathered = width + 4 if mesh.fsdp > 1 else 0
+    gathered = width + 4 if mesh.fsdp * mesh.context > 1 else 0
     output = model.vocab_size * model.embed_dim / mesh.tensor
     at_work = layers(dataclasses.replace(model, remat="none"))
     if model.remat not in ("none", "full", "offload"):  # what is saved is not computed again
@@ -221,10 +221,11 @@ def _widest_product(model: ModelConfig) -> int:
 
 
 def _layer_values(planned: Plan, model: ModelConfig, mesh: MeshConfig) -> float:
-    """Parameters of one layer on a device, were they not split over the fsdp axis."""
+    """Parameters of one layer on a device, were they not split by their embed dimension."""
 
     def gathered(parameter: PlannedParameter) -> int:
-        ways = (getattr(mesh, axis) for axis in ("fsdp", "stage") if axis in parameter.spec)
+        axes = {axis for entry in parameter.spec for axis in sharding.mesh_axes(entry)}
+        ways = (getattr(mesh, axis) for axis in (*sharding.RULES["embed"], "stage") if axis in axes)
         return parameter.chip_values * math.prod(ways)
 
     layers = (p for p in planned.parameters if p.name.startswith("layer"))

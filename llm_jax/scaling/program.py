@@ -268,9 +268,8 @@ def _fusion_traffic(outer: Computation, fusion: Instruction, inside: Computation
 
 
 def _takes_part(user: Instruction, name: str) -> bool:
-    return user.opcode in ("dynamic-slice", "slice", "gather") or (
-        user.opcode == "dynamic-update-slice" and user.operands[0] == name
-    )
+    parts = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+    return user.opcode in parts and user.operands[0] == name
 
 
 def _written(inside: Computation, fusion: Instruction) -> float:

@@ -73,16 +73,17 @@ def step_time(
     parameters = (dense + experts / mesh.expert) / (mesh.tensor * mesh.stage)
 
     gathered = (2 * width + GRADIENT_WIDTH) * parameters * micro_batches
-    shared = dense / (mesh.tensor * mesh.stage * mesh.fsdp)  # by the shards of the expert axis
-    reduced = 2 * GRADIENT_WIDTH * parameters / mesh.fsdp
+    shards = mesh.fsdp * mesh.context  # of every parameter
+    shared = dense / (mesh.tensor * mesh.stage * shards)  # by the shards of the expert axis
+    reduced = 2 * GRADIENT_WIDTH * parameters / shards
     residual = width * tokens * model.embed_dim  # bytes
     keys = width * tokens * 2 * model.kv_heads * model.resolved_head_dim / mesh.tensor
     moved = {
-        "fsdp": gathered * _others(mesh.fsdp),
+        "fsdp": gathered * _others(shards),
         "data": reduced * _others(mesh.data),
         # In and out of attention and of the MLP.
         "tensor": passes * layers * 4 * residual * _others(mesh.tensor),
-        "context": passes * layers * keys * (mesh.context - 1) + reduced * _others(mesh.context),
+        "context": passes * layers * keys * (mesh.context - 1),
         # Every shard meets the tokens of all, and gives back its part of their sums.
         "expert": passes * layers * (1 + 4 / width) * residual * (mesh.expert - 1)
         + 2 * GRADIENT_WIDTH * shared * _others(mesh.expert),

@@ -27,7 +27,7 @@ def mesh(**sizes):
     (MODEL, {"tensor": 4}, r"tensor=4 does not divide model.num_kv_heads=6; 3 or 6 would"),
     (dataclasses.replace(MODEL, mlp_dim=100), {"tensor": 3}, "model.mlp_dim=100; 2 or 4 would"),
     (dataclasses.replace(MODEL, vocab_size=200), {"tensor": 3}, "vocab_size=200; 2 or 4 would"),
-    (MODEL, {"fsdp": 5}, "fsdp=5 does not divide model.embed_dim=48; 4 or 6 would"),
+    (MODEL, {"fsdp": 5}, "fsdp x context=5 does not divide model.embed_dim=48; 4 or 6 would"),
     (MODEL, {"stage": 4}, "stage=4 does not divide model.num_layers=6; 3 or 6 would"),
     (dataclasses.replace(MODEL, scan_layers=False), {"stage": 2}, "not stacked.*=1; 1 would"),
     (dataclasses.replace(MODEL, window=8, attention_pattern=("local", "global")), {"stage": 6},

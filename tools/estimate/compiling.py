@@ -103,7 +103,7 @@ def _show(step: Program | TooLarge, layout: MeshConfig, cluster: Cluster) -> dic
     from llm_jax.scaling.roofline import roofline
 
     if isinstance(step, TooLarge):
-        needed = "more" if step.needed is None else f"{step.needed / GIGABYTE:.2f} GB"
+        needed = "more" if step.needed is None else f"{step.needed / GIGABYTE:.2f} GB at least"
         print(f"\n{step.name}: does not fit, needs {needed} (compiled in {step.seconds:.0f} s)")
         return {"name": step.name, "fits": False, "needed_bytes": step.needed}
     times = roofline(step, layout, cluster)
