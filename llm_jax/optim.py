@@ -185,12 +185,12 @@ def _precondition(config: OptimizerConfig, params: Any) -> optax.GradientTransfo
 # axes of its result. Axes count from the end, so a leading axis of stacked layers is a batch, and
 # so is one of experts or fused parts: every part is a matrix of its own, as if it stood alone.
 MUON_KERNELS = {
-    "attention/qkv/kernel": MuonDimensionNumbers((-4,), (-3, -1)),  # embed, heads, fused, head_dim
+    "attention/qkv/kernel": MuonDimensionNumbers((-2,), (-4, -1)),  # heads, fused, embed, head_dim
     "attention/output/kernel": MuonDimensionNumbers((-3, -2), (-1,)),  # heads, head_dim, embed
-    "mlp/gate_up/kernel": MuonDimensionNumbers((-3,), (-1,)),  # embed, fused, mlp
+    "mlp/gate_up/kernel": MuonDimensionNumbers((-2,), (-1,)),  # fused, embed, mlp
     "mlp/up/kernel": MuonDimensionNumbers((-2,), (-1,)),  # embed, mlp
     "mlp/down/kernel": MuonDimensionNumbers((-2,), (-1,)),  # mlp, embed
-    "moe/gate_up": MuonDimensionNumbers((-3,), (-1,)),  # experts, embed, fused, mlp
+    "moe/gate_up": MuonDimensionNumbers((-2,), (-1,)),  # experts, fused, embed, mlp
     "moe/up": MuonDimensionNumbers((-2,), (-1,)),  # experts, embed, mlp
     "moe/down": MuonDimensionNumbers((-2,), (-1,)),  # experts, mlp, embed
 }

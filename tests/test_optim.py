@@ -31,10 +31,10 @@ SCANNED = {
     "embedding": (11, 8),
     "layers": {
         "attention": {
-            "qkv": {"kernel": (2, 8, 2, 4, 3), "bias": (2, 2, 4, 3)},
+            "qkv": {"kernel": (2, 2, 4, 8, 3), "bias": (2, 2, 4, 3)},
             "output": {"kernel": (2, 4, 3, 8)},
         },
-        "mlp": {"gate_up": {"kernel": (2, 8, 2, 12)}, "down": {"kernel": (2, 12, 8)}},
+        "mlp": {"gate_up": {"kernel": (2, 2, 8, 12)}, "down": {"kernel": (2, 12, 8)}},
         "mlp_norm": {"scale": (2, 8)},
     },
     "output": (8, 11),
@@ -329,11 +329,12 @@ def matrices(name: str, kernel: np.ndarray) -> list[np.ndarray]:
     """The matrices that a kernel of make_params holds, cut by hand."""
     layers = list(kernel)
     if name == "qkv":
-        return [layer[:, :, part].reshape(8, 6) for layer in layers for part in range(4)]
+        parts = [layer[:, part] for layer in layers for part in range(4)]
+        return [part.swapaxes(0, 1).reshape(8, 6) for part in parts]
     if name == "output":
         return [layer.reshape(12, 8) for layer in layers]
     if name == "gate_up":
-        return [layer[:, part] for layer in layers for part in range(2)]
+        return [layer[part] for layer in layers for part in range(2)]
     return layers
 
 

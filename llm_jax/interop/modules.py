@@ -59,9 +59,9 @@ def _cut(leaf: Leaf, piece: Piece) -> Iterator[Part]:
     """The parts of a kernel that lie in one of its pieces."""
     layout = LAYOUTS[leaf.path[-2]]
     stacked = len(leaf.shape) - len(layout.axes)
-    cut = stacked + layout.contracted
-    inputs = _features(leaf, piece, slice(stacked, cut))
-    outputs = layout.split(jnp.asarray(_features(leaf, piece, slice(cut, None))))
+    summed, kept = ([stacked + i for i in places] for places in (layout.contracted, layout.kept))
+    inputs = _features(leaf, piece, summed)
+    outputs = layout.split(jnp.asarray(_features(leaf, piece, kept)), layout.outputs)
     for name, features in outputs.items():
         if (features >= 0).all():
             yield Part(
@@ -71,17 +71,19 @@ def _cut(leaf: Leaf, piece: Piece) -> Iterator[Part]:
                 layer=piece.start[0] if stacked else None,
                 inputs=inputs,
                 outputs=np.asarray(features),
-                inputs_first=bool(set(piece.factors[0]) & set(piece.axes[stacked:cut])),
+                inputs_first=bool(set(piece.factors[0]) & {piece.axes[i] for i in summed}),
             )
 
 
-def _features(leaf: Leaf, piece: Piece, axes: slice) -> np.ndarray:
+def _features(leaf: Leaf, piece: Piece, axes: Sequence[int]) -> np.ndarray:
     """Which input or output of the module each place along these axes of a kernel is: int
     [axes...], -1 where the piece has none."""
-    names = piece.axes[axes]
+    names, start, shape = (
+        tuple(values[axis] for axis in axes) for values in (piece.axes, piece.start, leaf.shape)
+    )
     (side,) = (i for i, factors in enumerate(piece.factors) if set(factors) & set(names))
-    vector = Piece(piece.tensor, (piece.factors[side],), names, piece.sizes, piece.start[axes])
-    features = np.full(leaf.shape[axes], -1)
+    vector = Piece(piece.tensor, (piece.factors[side],), names, piece.sizes, start)
+    features = np.full(shape, -1)
     filled = vector.turned(features[tuple(slice(*places) for places in vector.box)])
     filled[...] = np.arange(filled.size).reshape(filled.shape)
     filled += piece.first_row if side == 0 else 0

@@ -44,9 +44,9 @@ _LLAMA_TOP: Table = {
 }
 _SEPARATE_QKV: Table = {
     "attention/qkv/kernel": (
-        "self_attn.q_proj.weight: KGH D -> D K G H",
-        "self_attn.k_proj.weight: KH D -> D K 1@G H",
-        "self_attn.v_proj.weight: KH D -> D K 1@G+1 H",
+        "self_attn.q_proj.weight: KGH D -> K G D H",
+        "self_attn.k_proj.weight: KH D -> K 1@G D H",
+        "self_attn.v_proj.weight: KH D -> K 1@G+1 D H",
     ),
     "attention/qkv/bias": (
         "self_attn.q_proj.bias: KGH -> K G H",
@@ -64,8 +64,8 @@ _DOWN: Table = {
 }
 _SEPARATE_MLP: Table = {
     "mlp/gate_up/kernel": (
-        "mlp.gate_proj.weight: M D -> D 1@0 M",
-        "mlp.up_proj.weight: M D -> D 1@1 M",
+        "mlp.gate_proj.weight: M D -> 1@0 D M",
+        "mlp.up_proj.weight: M D -> 1@1 D M",
     ),
     "mlp/gate_up/bias": ("mlp.gate_proj.bias: M -> 1@0 M", "mlp.up_proj.bias: M -> 1@1 M"),
     **_DOWN,
@@ -76,8 +76,8 @@ _WHOLE_NORMS = _heads_norms({"query": "KGH -> K G H", "key": "KH -> K 1@0 H"})
 _MIXTURE: Table = {
     "moe/router": ("mlp.gate.weight: E D -> D E",),
     "moe/gate_up": (
-        "mlp.experts.{expert}.gate_proj.weight: M D -> 1@e D 1@0 M",
-        "mlp.experts.{expert}.up_proj.weight: M D -> 1@e D 1@1 M",
+        "mlp.experts.{expert}.gate_proj.weight: M D -> 1@e 1@0 D M",
+        "mlp.experts.{expert}.up_proj.weight: M D -> 1@e 1@1 D M",
     ),
     "moe/down": ("mlp.experts.{expert}.down_proj.weight: D M -> 1@e M D",),
 }
@@ -110,8 +110,8 @@ MIXTRAL = _tables(
         **_NORMS_BEFORE,
         "moe/router": ("block_sparse_moe.gate.weight: E D -> D E",),
         "moe/gate_up": (
-            "block_sparse_moe.experts.{expert}.w1.weight: M D -> 1@e D 1@0 M",
-            "block_sparse_moe.experts.{expert}.w3.weight: M D -> 1@e D 1@1 M",
+            "block_sparse_moe.experts.{expert}.w1.weight: M D -> 1@e 1@0 D M",
+            "block_sparse_moe.experts.{expert}.w3.weight: M D -> 1@e 1@1 D M",
         ),
         "moe/down": ("block_sparse_moe.experts.{expert}.w2.weight: D M -> 1@e M D",),
     },
@@ -151,12 +151,12 @@ PHI3 = _tables(
     "layers",
     {
         "attention/qkv/kernel": (
-            "self_attn.qkv_proj.weight: KGH D -> D K G H",
-            "self_attn.qkv_proj.weight: KH D -> D K 1@G H",
-            "self_attn.qkv_proj.weight: KH D -> D K 1@G+1 H",
+            "self_attn.qkv_proj.weight: KGH D -> K G D H",
+            "self_attn.qkv_proj.weight: KH D -> K 1@G D H",
+            "self_attn.qkv_proj.weight: KH D -> K 1@G+1 D H",
         ),
         **_OUTPUT,
-        "mlp/gate_up/kernel": ("mlp.gate_up_proj.weight: UM D -> D U M",),
+        "mlp/gate_up/kernel": ("mlp.gate_up_proj.weight: UM D -> U D M",),
         **_DOWN,
         **_NORMS_BEFORE,
     },
@@ -171,7 +171,7 @@ GPT2 = _tables(
     },
     "h",
     {
-        "attention/qkv/kernel": ("attn.c_attn.weight: D FKH -> D K F H",),
+        "attention/qkv/kernel": ("attn.c_attn.weight: D FKH -> K F D H",),
         "attention/qkv/bias": ("attn.c_attn.bias: FKH -> K F H",),
         "attention/output/kernel": ("attn.c_proj.weight: NH D -> N H D",),
         "attention/output/bias": ("attn.c_proj.bias: D -> D",),
@@ -191,7 +191,7 @@ GPT_NEOX = _tables(
     },
     "layers",
     {
-        "attention/qkv/kernel": ("attention.query_key_value.weight: KFH D -> D K F H",),
+        "attention/qkv/kernel": ("attention.query_key_value.weight: KFH D -> K F D H",),
         "attention/qkv/bias": ("attention.query_key_value.bias: KFH -> K F H",),
         "attention/output/kernel": ("attention.dense.weight: D NH -> N H D",),
         "attention/output/bias": ("attention.dense.bias: D -> D",),

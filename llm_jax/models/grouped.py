@@ -6,54 +6,48 @@ Legend: N rows, C contracted, G groups, F outputs of the product.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models.product import turned
+from llm_jax.models.product import rounded, turned
 
 # Rows that the CPU multiplies at a time; a group's last block is on average half full.
 CPU_BLOCK = 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_product(x_NC: jax.Array, kernel: jax.Array, sizes_G: jax.Array, dtype: Any) -> Any:
-    """Each row by the kernel of its group, float32 [N, F...]; 0 for rows behind the last group.
+def grouped_product(x_NC: jax.Array, kernel_GCF: jax.Array, sizes_G: jax.Array, dtype: Any) -> Any:
+    """Each row by the kernel of its group, float32 [N, F]; 0 for rows behind the last group.
 
     Operands are rounded to `dtype`, sums and results are float32: forward, and in the gradients.
 
     Args:
       x_NC: rows in the order of their groups.
-      kernel: float32 [G, C, F...].
+      kernel_GCF: float32.
       sizes_G: int32, rows of each group; their sum may be less than N.
       dtype: of the operands, such as bfloat16.
     """
-    return _forward(x_NC, kernel, sizes_G, dtype)[0]
+    return _forward(x_NC, kernel_GCF, sizes_G, dtype)[0]
 
 
-def _forward(x_NC: jax.Array, kernel: jax.Array, sizes_G: jax.Array, dtype: Any) -> Any:
+def _forward(x_NC: jax.Array, kernel_GCF: jax.Array, sizes_G: jax.Array, dtype: Any) -> Any:
     x_NC = x_NC.astype(dtype)
-    y_NF = _rows_by_kernels(x_NC, _matrices(kernel).astype(dtype), sizes_G)
-    return y_NF.reshape(-1, *kernel.shape[2:]), (x_NC, kernel, sizes_G)
+    y_NF = _rows_by_kernels(x_NC, rounded(kernel_GCF, dtype), sizes_G)
+    return y_NF, (x_NC, kernel_GCF, sizes_G)
 
 
-def _backward(dtype: Any, residuals: Any, g: jax.Array) -> Any:
-    x_NC, kernel, sizes_G = residuals
-    g_NF = g.reshape(x_NC.shape[0], -1).astype(dtype)
-    kernel_GFC = turned(_matrices(kernel).astype(dtype), lead=2, batch=1)
+def _backward(dtype: Any, residuals: Any, g_NF: jax.Array) -> Any:
+    x_NC, kernel_GCF, sizes_G = residuals
+    g_NF = g_NF.astype(dtype)
+    kernel_GFC = turned(rounded(kernel_GCF, dtype), lead=2, batch=1)
     dx_NC = _rows_by_kernels(g_NF, kernel_GFC, sizes_G)
-    d_kernel = _rows_by_rows(x_NC, g_NF, sizes_G).reshape(kernel.shape)
-    return dx_NC.astype(x_NC.dtype), d_kernel.astype(kernel.dtype), None
+    d_kernel_GCF = _rows_by_rows(x_NC, g_NF, sizes_G)
+    return dx_NC.astype(x_NC.dtype), d_kernel_GCF.astype(kernel_GCF.dtype), None
 
 
 grouped_product.defvjp(_forward, _backward)
-
-
-def _matrices(kernel: jax.Array) -> jax.Array:
-    """[G, C, F...] → [G, C, F]."""
-    return kernel.reshape(*kernel.shape[:2], math.prod(kernel.shape[2:]))
 
 
 def _rows_by_kernels(x_NC: jax.Array, kernel_GCF: jax.Array, sizes_G: jax.Array) -> jax.Array:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models.product import input_gradient, kernel_gradient
+from llm_jax.models.product import input_gradient, kernel_gradient, last_axes, output_axes
 
 # int8_forward: the forward product. int8: the gradient of the inputs, too.
 Matmul = Literal["default", "int8_forward", "int8"]
@@ -27,7 +28,7 @@ MAX_TERMS = (2**31 - 1) // LARGEST**2  # of a sum that int32 holds in any case
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def int8_product(
-    x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int, backward: bool
+    x: jax.Array, kernel: jax.Array, dtype: Any, contracted: tuple[int, ...], backward: bool
 ) -> jax.Array:
     """`product` of 8-bit operands, float32 [..., F...].
 
@@ -35,7 +36,7 @@ def int8_product(
     · (2 + 1/254) / 254 at most; for normal operands by about 1% of its deviation.
 
     Args:
-      x: [..., C...]. kernel: [C..., F...].
+      x, kernel, contracted: as `product` has them.
       dtype: of all that is not 8 bits: the kernel's gradient, and that of x unless `backward`.
       backward: make the gradient of x of 8-bit operands, too.
 
@@ -45,20 +46,23 @@ def int8_product(
     return _forward(x, kernel, dtype, contracted, backward)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, dtype: Any, contracted: int, backward: bool) -> Any:
+def _forward(
+    x: jax.Array, kernel: jax.Array, dtype: Any, contracted: tuple[int, ...], backward: bool
+) -> Any:
     del backward
     x = x.astype(dtype)
-    return _int8_dot(x, kernel, range(x.ndim - contracted, x.ndim), range(contracted)), (x, kernel)
+    y = _int8_dot(x, kernel, last_axes(x, len(contracted)), contracted)
+    return y, (x, kernel)
 
 
 def _backward(
-    dtype: Any, contracted: int, backward: bool, residuals: Any, g: jax.Array
+    dtype: Any, contracted: tuple[int, ...], backward: bool, residuals: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     g = g.astype(dtype)
     if backward:
-        outputs = range(x.ndim - contracted, g.ndim)
-        dx = _int8_dot(g, kernel, outputs, range(contracted, kernel.ndim)).astype(x.dtype)
+        outputs = output_axes(kernel, contracted)
+        dx = _int8_dot(g, kernel, last_axes(g, len(outputs)), outputs).astype(x.dtype)
     else:
         dx = input_gradient(x, kernel, g, contracted)
     return dx, kernel_gradient(x, kernel, g, contracted)
@@ -67,7 +71,9 @@ def _backward(
 int8_product.defvjp(_forward, _backward)
 
 
-def _int8_dot(a: jax.Array, b: jax.Array, a_axes: range, b_axes: range) -> jax.Array:
+def _int8_dot(
+    a: jax.Array, b: jax.Array, a_axes: Sequence[int], b_axes: Sequence[int]
+) -> jax.Array:
     terms = math.prod(a.shape[axis] for axis in a_axes)
     if terms > MAX_TERMS:
         raise ValueError(f"a sum of {terms} products of 8-bit numbers may pass the range of int32")
@@ -78,7 +84,7 @@ def _int8_dot(a: jax.Array, b: jax.Array, a_axes: range, b_axes: range) -> jax.A
     return sums.astype(jnp.float32) * a_scales * b_scales
 
 
-def _codes(x: jax.Array, axes: range) -> tuple[jax.Array, jax.Array]:
+def _codes(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """x as int8 in [-127, 127] and float32 scales, one for all numbers along the axes."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=tuple(axes))

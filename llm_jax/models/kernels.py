@@ -16,50 +16,67 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """axes: logical names of the kernel's dimensions. contracted: how many of them, the first ones,
-    the product sums over. parts: names of what the product makes, side by side along "fused"."""
+    """axes: logical names of the kernel's dimensions. contracted: which of them, by place, the
+    product sums over; the others are its result's. parts: names of what the product makes, side by
+    side along "fused"."""
 
     axes: tuple[str, ...]
+    contracted: tuple[int, ...]
     parts: tuple[str, ...]
-    contracted: int = 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Logical names of the dimensions that the product sums over."""
+        return tuple(self.axes[place] for place in self.contracted)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Logical names of the product's dimensions."""
-        return self.axes[self.contracted :]
+        return tuple(self.axes[place] for place in self.kept)
+
+    @property
+    def contracted_axes(self) -> tuple[int, ...]:
+        """`contracted` from the end, for kernels of stacked layers, too."""
+        return tuple(place - len(self.axes) for place in self.contracted)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Places of the product's dimensions among the kernel's."""
+        return tuple(place for place in range(len(self.axes)) if place not in self.contracted)
 
     def stacked(self, kernel: Any) -> int:
         """How many axes of stacked layers a kernel has: 0 or 1."""
         return kernel.ndim - len(self.axes)
 
-    def split(self, x: jax.Array) -> dict[str, jax.Array]:
-        """The parts of an array [..., F...] whose last dimensions are the product's, by name.
+    def split(self, x: jax.Array, axes: tuple[str, ...]) -> dict[str, jax.Array]:
+        """The parts, by name, of an array whose last dimensions are `axes` or `outputs`.
 
         They keep the fused axis. All but the first part have size 1 along it.
         """
-        if "fused" not in self.axes:
+        if "fused" not in axes:
             return {self.parts[0]: x}
-        first = x.shape[self._fused] - len(self.parts) + 1
-        cuts = tuple(range(first, x.shape[self._fused]))
-        return dict(zip(self.parts, jnp.split(x, cuts, self._fused), strict=True))
+        fused = axes.index("fused") - len(axes)
+        first = x.shape[fused] - len(self.parts) + 1
+        cuts = tuple(range(first, x.shape[fused]))
+        return dict(zip(self.parts, jnp.split(x, cuts, fused), strict=True))
 
-    def join(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+    def join(self, parts: Mapping[str, jax.Array], axes: tuple[str, ...]) -> jax.Array:
         """The inverse of `split`."""
-        if "fused" not in self.axes:
+        if "fused" not in axes:
             return parts[self.parts[0]]
-        return jnp.concatenate([parts[name] for name in self.parts], self._fused)
-
-    @property
-    def _fused(self) -> int:
-        return self.axes.index("fused") - len(self.axes)
+        fused = axes.index("fused") - len(axes)
+        return jnp.concatenate([parts[name] for name in self.parts], fused)
 
 
+# What a product sums over stands second to last and the last dimension of its result last: a TPU
+# lays an array out in tiles of its last two dimensions, and multiplies tiles. With a small axis
+# among the two, the kernels of all layers would be copied to another layout ahead of the loop.
 LAYOUTS = {
-    "qkv": Layout(("embed", "heads", "fused", "head_dim"), ("query", "key", "value")),
-    "output": Layout(("heads", "head_dim", "embed"), ("output",), contracted=2),
-    "gate_up": Layout(("embed", "fused", "mlp"), ("gate", "up")),
-    "up": Layout(("embed", "mlp"), ("up",)),
-    "down": Layout(("mlp", "embed"), ("down",)),
+    "qkv": Layout(("heads", "fused", "embed", "head_dim"), (2,), ("query", "key", "value")),
+    "output": Layout(("heads", "head_dim", "embed"), (0, 1), ("output",)),
+    "gate_up": Layout(("fused", "embed", "mlp"), (1,), ("gate", "up")),
+    "up": Layout(("embed", "mlp"), (0,), ("up",)),
+    "down": Layout(("mlp", "embed"), (0,), ("down",)),
 }
 
 

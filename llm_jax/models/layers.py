@@ -65,8 +65,8 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """One matrix product, [..., C...] by a kernel [C..., F...], with its adapters if the parameters
-    hold some. Its name says which of `kernels.LAYOUTS` the kernel has.
+    """One matrix product, [..., C...] by a kernel, with its adapters if the parameters hold some.
+    Its name says which of `kernels.LAYOUTS` the kernel has.
 
     The kernel starts as a truncated normal of deviation `scale` / sqrt(fan in); the bias as 0.
     """
@@ -90,7 +90,7 @@ class Projection(nn.Module):
             y = kernel_product(x, kernel, self.dtype, layout.contracted)
         y = y.astype(self.dtype)
         if self.use_bias:
-            shape = self.shape[layout.contracted :]
+            shape = tuple(self.shape[place] for place in layout.kept)
             bias = parameter(self, "bias", nn.initializers.zeros, layout.outputs, shape)
             y += bias.astype(self.dtype)
         return y
@@ -99,13 +99,12 @@ class Projection(nn.Module):
         given: Any = self.get_variable("params", "kernel")
         if isinstance(given, Quantized):  # flax would compare the codes with the kernel's shape
             return given
-        dimensions = range(len(self.shape))
         init = nn.initializers.variance_scaling(
             self.scale**2,
             "fan_in",
             "truncated_normal",
-            in_axis=dimensions[: layout.contracted],
-            out_axis=dimensions[layout.contracted :],
+            in_axis=layout.contracted,
+            out_axis=layout.kept,
         )
         return parameter(self, "kernel", init, layout.axes, self.shape)
 
@@ -154,7 +153,7 @@ class MLP(nn.Module):
                             name="up")  # fmt: skip
             h_BTM = activation(named(up(x_BTD), "gate_up"))
         else:
-            gate_up = Projection((D, 2, M), self.dtype, self.use_bias, lora=self.lora,
+            gate_up = Projection((2, D, M), self.dtype, self.use_bias, lora=self.lora,
                                  matmul=self.matmul, name="gate_up")  # fmt: skip
             gate_BTM, up_BTM = unstack(named(gate_up(x_BTD), "gate_up"), axis=-2)
             h_BTM = activation(gate_BTM) * up_BTM

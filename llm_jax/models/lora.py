@@ -93,7 +93,7 @@ def adapted(
 
     Args:
       x: [..., C...].
-      kernel: float32 or `Quantized` [C..., F...].
+      kernel: float32 or `Quantized`, with the dimensions that the layout names.
       adapters: by part: "a" float32 [C..., r], "b" [r, F...], with DoRA "magnitude" [F...].
       dtype: of the products' operands.
       dropout_rng: switches dropout on.
@@ -107,16 +107,17 @@ def adapted(
             base = kernel_product(x, kernel, dtype, layout.contracted)
     # One product makes the low-rank inputs of all parts.
     a = jnp.concatenate([adapter["a"] for adapter in adapters.values()], axis=-1)
-    hidden = jnp.split(product(x, a, dtype, layout.contracted), len(adapters), axis=-1)
-    parts, base_parts = layout.split(y), layout.split(base)
-    weights = layout.split(dequantise(kernel)) if config.dora else {}
+    inputs = tuple(range(a.ndim - 1))
+    hidden = jnp.split(product(x, a, dtype, inputs), len(adapters), axis=-1)
+    parts, base_parts = (layout.split(made, layout.outputs) for made in (y, base))
+    weights = layout.split(dequantise(kernel), layout.axes) if config.dora else {}
     for h, (name, adapter) in zip(hidden, adapters.items(), strict=True):
         added = config.scale * product(h, adapter["b"], dtype)
         if config.dora:
             gain = _gain(_sum(weights[name], adapter, config, layout), adapter, layout)
             added = (gain - 1) * base_parts[name] + gain * added
         parts[name] += added
-    return layout.join(parts)
+    return layout.join(parts, layout.outputs)
 
 
 def init_adapters(rng: jax.Array, config: ModelConfig, base: Any) -> Any:
@@ -140,8 +141,10 @@ def init_adapters(rng: jax.Array, config: ModelConfig, base: Any) -> Any:
     def replaced(where: str, layout: Layout, projection: Mapping[str, Any]) -> Any:
         kernel = projection["kernel"]
         stacked = ("layers",) * layout.stacked(kernel)
-        shapes = jax.eval_shape(lambda kernel: layout.split(dequantise(kernel)), kernel)
-        weights = layout.split(dequantise(kernel)) if lora.dora else {}
+        shapes = jax.eval_shape(
+            lambda kernel: layout.split(dequantise(kernel), layout.axes), kernel
+        )
+        weights = layout.split(dequantise(kernel), layout.axes) if lora.dora else {}
         adapters = {}
         for part in layout.parts:
             name = f"{where}/{part}"
@@ -187,7 +190,7 @@ def merge(params: Any, config: ModelConfig) -> Any:
         lora = _lora(config)
         weight = _sum(weight, adapter, lora, layout)
         if lora.dora:
-            weight *= jnp.expand_dims(_gain(weight, adapter, layout), _contracted_axes(layout))
+            weight *= jnp.expand_dims(_gain(weight, adapter, layout), layout.contracted_axes)
         return weight
 
     return split(_map_adapted(folded, params))[1]
@@ -223,10 +226,10 @@ def _map_adapted(
         del where
         if ADAPTERS not in projection:
             return projection
-        parts = layout.split(dequantise(projection["kernel"]))
+        parts = layout.split(dequantise(projection["kernel"]), layout.axes)
         for name, adapter in projection[ADAPTERS].items():
             parts[name] = function(parts[name], adapter, layout)
-        return {**projection, "kernel": layout.join(parts)}
+        return {**projection, "kernel": layout.join(parts, layout.axes)}
 
     return map_projections(replaced, params)
 
@@ -267,22 +270,22 @@ def _init_part(
 ) -> dict[str, Named]:
     """A and B of a part whose kernel has this shape."""
     lead, own = shape[: len(stacked)], shape[len(stacked) :]
-    inputs, outputs = own[: layout.contracted], own[layout.contracted :]
+    inputs, outputs = ([own[i] for i in places] for places in (layout.contracted, layout.kept))
     a = jax.random.normal(rng, (*lead, *inputs, rank)) / math.sqrt(3 * math.prod(inputs))
-    input_axes = layout.axes[: layout.contracted]
     return {
-        "a": Named(a, (*stacked, *input_axes, "rank")),
+        "a": Named(a, (*stacked, *layout.inputs, "rank")),
         "b": Named(jnp.zeros((*lead, rank, *outputs)), (*stacked, "rank", *layout.outputs)),
     }
 
 
 def _low_rank(adapter: Mapping[str, Any], layout: Layout) -> jax.Array:
-    """A·B, float32 [C..., F...] behind any stacked layers, in full precision on any device."""
+    """A·B, float32 with the dimensions of the kernel, in full precision on any device."""
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        added = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(added, range(a.ndim - 1), layout.contracted)
 
-    stacked = adapter["a"].ndim > layout.contracted + 1
+    stacked = adapter["a"].ndim > len(layout.contracted) + 1
     return (jax.vmap(one) if stacked else one)(adapter["a"], adapter["b"])
 
 
@@ -302,8 +305,4 @@ def _gain(direction: jax.Array, adapter: Mapping[str, Any], layout: Layout) -> j
 
 def _lengths(weight: jax.Array, layout: Layout) -> jax.Array:
     """The length of each column: one for each output feature."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=_contracted_axes(layout)))
-
-
-def _contracted_axes(layout: Layout) -> tuple[int, ...]:
-    return tuple(range(-len(layout.axes), -len(layout.outputs)))
+    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=layout.contracted_axes))

@@ -21,14 +21,14 @@ from flax import linen as nn
 from llm_jax.errors import UserError
 from llm_jax.models.grouped import grouped_product
 from llm_jax.models.layers import ACTIVATIONS, GATED, parameter, unstack
-from llm_jax.models.product import product
+from llm_jax.models.product import product, rounded
 from llm_jax.models.remat import named
 from llm_jax.sharding import RULES, constrain, fitting_spec, spec
 
 Kernels = dict[str, jax.Array]
 
 KERNEL_AXES = {
-    "gate_up": ("experts", "embed", "fused", "mlp"),
+    "gate_up": ("experts", "fused", "embed", "mlp"),
     "up": ("experts", "embed", "mlp"),
     "down": ("experts", "mlp", "embed"),
 }
@@ -125,11 +125,11 @@ class MixtureOfExperts(nn.Module):
         """
         E, D, M = self.config.num_experts, self.embed_dim, self.mlp_dim
         router_DE = parameter(self, "router", _initial(1.0), ("embed", "router_experts"), (D, E))
-        first, shape = ("gate_up", (E, D, 2, M)) if self.gated else ("up", (E, D, M))
+        first, shape = ("gate_up", (E, 2, D, M)) if self.gated else ("up", (E, D, M))
         kernels = {
-            first: parameter(self, first, _initial(1.0, stacked=1), KERNEL_AXES[first], shape),
+            first: parameter(self, first, _initial(1.0), KERNEL_AXES[first], shape),
             "down": parameter(
-                self, "down", _initial(self.output_scale, stacked=1), KERNEL_AXES["down"], (E, M, D)
+                self, "down", _initial(self.output_scale), KERNEL_AXES["down"], (E, M, D)
             ),
         }
         choices, routing = route(self.config, x_BTD, router_DE, real_BT)
@@ -151,8 +151,10 @@ class MixtureOfExperts(nn.Module):
         """The experts' MLPs, float32 [..., D]; `multiply(x, kernel)` knows whose row is whose."""
         activation = ACTIVATIONS[self.kind]
         if self.gated:
-            both = named(multiply(x, kernels["gate_up"]).astype(self.dtype), "gate_up")
-            gate, up = unstack(both, axis=-2)
+            gate, up = (
+                named(multiply(x, kernel).astype(self.dtype), "gate_up")
+                for kernel in unstack(kernels["gate_up"], axis=1)
+            )
             return multiply(activation(gate) * up, kernels["down"])
         up = named(multiply(x, kernels["up"]).astype(self.dtype), "gate_up")
         return multiply(activation(up), kernels["down"])
@@ -325,7 +327,7 @@ def _gathered(kernel: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
     It travels in `dtype`, to which products round it in any case; its gradient as it comes.
     """
-    whole = jax.lax.all_gather(kernel.astype(dtype), RULES["embed"], axis=axis, tiled=True)
+    whole = jax.lax.all_gather(rounded(kernel, dtype), RULES["embed"], axis=axis, tiled=True)
     return whole.astype(kernel.dtype)
 
 
@@ -341,17 +343,12 @@ def _pad_rows(x: jax.Array, rows: int, value: float) -> jax.Array:
     return jnp.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
 
-def _initial(scale: float, stacked: int = 0) -> Any:
-    """As kernels of `layers.Projection` start; `stacked` leading axes are kernels side by side."""
+def _initial(scale: float) -> Any:
+    """As kernels of `layers.Projection` start; leading axes are of matrices side by side."""
 
     def init(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         make = nn.initializers.variance_scaling(
-            scale**2,
-            "fan_in",
-            "truncated_normal",
-            in_axis=stacked,
-            out_axis=range(stacked + 1, len(shape)),
-            batch_axis=range(stacked),
+            scale**2, "fan_in", "truncated_normal", batch_axis=range(len(shape) - 2)
         )
         return make(rng, shape)
 

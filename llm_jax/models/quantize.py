@@ -47,16 +47,17 @@ NF4_LEVELS = np.array(
 class Quantized:
     """A kernel as codes and scales, each with a leading axis where layers are stacked.
 
-    int8: codes int8 [C..., F...], scales float32 [F...].
+    int8: codes int8 in the kernel's shape, scales float32 [F...].
     nf4: codes uint8 [N, 32], two to a byte (the even one in the high bits), of the kernel flattened
       row by row and filled up with zeros to whole blocks; scales float32 [N].
-    shape: of one layer's kernel.
+    shape: of one layer's kernel. contracted: which of its dimensions are C.
     """
 
     codes: Any
     scales: Any
     kind: Kind = flax.struct.field(pytree_node=False)
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    contracted: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     @property
     def ndim(self) -> int:
@@ -69,8 +70,8 @@ def quantize(base: Any, kind: Kind) -> Any:
     """The base tree with `Quantized` projection kernels, layer by layer where they are stacked.
 
     The tree may be plain or hold `sharding.Named` boxes. Boxed codes of int8 keep the kernel's
-    logical axes; blocks of nf4 take the name of its first dimension, because a stretch of blocks is
-    a stretch of rows, and lie whole in all others.
+    logical axes; blocks of nf4 take the name of the first dimension that its product sums over, and
+    lie whole in all others.
 
     Raises:
       UserError: an unknown kind.
@@ -88,13 +89,13 @@ def quantize(base: Any, kind: Kind) -> Any:
 
 
 def dequantise(kernel: Any) -> jax.Array:
-    """The float32 kernel of a `Quantized`, [C..., F...] behind any stacked layers.
+    """The float32 kernel of a `Quantized`, behind any stacked layers.
 
     No gradient passes to codes or scales. Any other array is returned as it is.
     """
     if not isinstance(kernel, Quantized):
         return kernel
-    one: Any = _dequantise_int8
+    one: Any = functools.partial(_dequantise_int8, contracted=kernel.contracted)
     if kernel.kind == "nf4":
         one = functools.partial(_dequantise_nf4, shape=kernel.shape)
     for _ in range(kernel.ndim - len(kernel.shape)):
@@ -112,7 +113,7 @@ def dequantise_all(base: Any) -> Any:
     return map_projections(replaced, base)
 
 
-def kernel_product(x: jax.Array, kernel: Any, dtype: Any, contracted: int) -> jax.Array:
+def kernel_product(x: jax.Array, kernel: Any, dtype: Any, contracted: tuple[int, ...]) -> jax.Array:
     """`product` with a kernel that may be `Quantized`: float32 [..., F...].
 
     The backward pass dequantises once more instead of keeping the float32 kernel.
@@ -135,7 +136,7 @@ def _quantize_leaf(kernel: Any, kind: Kind, layout: Layout) -> Quantized:
             names, scale_names = kernel.names, (*stacked, *layout.outputs)
         else:
             # The codes of a block lie whole, as the dimensions of a head do.
-            scale_names = (*stacked, layout.axes[0])
+            scale_names = (*stacked, layout.inputs[0])
             names = (*scale_names, "head_dim")
         return dataclasses.replace(
             quantized,
@@ -148,17 +149,18 @@ def _quantize_leaf(kernel: Any, kind: Kind, layout: Layout) -> Quantized:
     for _ in range(layout.stacked(kernel)):
         one = jax.vmap(one)
     codes, scales = one(kernel)
-    return Quantized(codes, scales, kind, tuple(kernel.shape[layout.stacked(kernel) :]))
+    shape = tuple(kernel.shape[layout.stacked(kernel) :])
+    return Quantized(codes, scales, kind, shape, layout.contracted)
 
 
-def _quantize_int8(kernel: jax.Array, contracted: int) -> tuple[jax.Array, jax.Array]:
-    largest = jnp.max(jnp.abs(kernel), axis=tuple(range(contracted)))
+def _quantize_int8(kernel: jax.Array, contracted: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    largest = jnp.max(jnp.abs(kernel), axis=contracted)
     scales = jnp.where(largest > 0, largest, 1) / 127
-    return jnp.round(kernel / scales).astype(jnp.int8), scales
+    return jnp.round(kernel / jnp.expand_dims(scales, contracted)).astype(jnp.int8), scales
 
 
-def _dequantise_int8(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    return codes.astype(jnp.float32) * scales
+def _dequantise_int8(codes: jax.Array, scales: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
+    return codes.astype(jnp.float32) * jnp.expand_dims(scales, contracted)
 
 
 def _quantize_nf4(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

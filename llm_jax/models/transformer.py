@@ -64,7 +64,7 @@ class Attention(nn.Module):
         config = self.config
         D, K, G, H = config.embed_dim, config.kv_heads, config.group, config.resolved_head_dim
         qkv_BTKFH = Projection(
-            (D, K, G + 2, H), config.dtype, config.attention_bias != "none", lora=config.lora,
+            (K, G + 2, D, H), config.dtype, config.attention_bias != "none", lora=config.lora,
             matmul=config.matmul, name="qkv",
         )(x_BTD)  # fmt: skip
         q_BTKGH, k_BTK1H, v_BTK1H = jnp.split(qkv_BTKFH, (G, G + 1), axis=3)

@@ -1,7 +1,7 @@
 """From the state dicts of transformers' Llama and of peft's adapters to the trees of llm_jax.
 
-A torch weight is [outputs, inputs]; here inputs come first, heads have an axis of their own, query
-head k·G + g is [k, g], and one kernel holds what one product makes.
+A torch weight is [outputs, inputs]; here inputs come first, or second to last where one kernel
+holds what one product makes; heads have an axis of their own, query head k·G + g is [k, g].
 """
 
 import jax.numpy as jnp
@@ -33,8 +33,10 @@ def llama_params(arrays, config):
             inputs, outputs = part_shapes(config, name)
             weight = arrays[f"model.layers.{layer}.{module_of(name)}.{name}.weight"]
             parts.append(weight.T.reshape(*inputs, *outputs))
-        axis = {"q_proj": 2, "gate_proj": 1}.get(names[0])
-        return {"kernel": jnp.asarray(parts[0] if axis is None else np.concatenate(parts, axis))}
+        if len(parts) == 1:
+            return {"kernel": jnp.asarray(parts[0])}
+        # [inputs, ..., fused, width], the parts side by side
+        return {"kernel": jnp.moveaxis(np.concatenate(parts, -2), 0, -2)}
 
     def norm(name):
         return {"scale": jnp.asarray(arrays[f"{name}.weight"])}

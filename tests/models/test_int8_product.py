@@ -17,9 +17,10 @@ from llm_jax.models.product import product
 from llm_jax.sharding import unbox
 
 SHAPES = {
-    "plain": ((2, 5, 64), (64, 16), 1),
-    "several out": ((2, 5, 64), (64, 3, 2, 4), 1),
-    "several contracted": ((2, 5, 8, 8), (8, 8, 16), 2),
+    "plain": ((2, 5, 64), (64, 16), (0,)),
+    "several out": ((2, 5, 64), (64, 3, 2, 4), (0,)),
+    "several contracted": ((2, 5, 8, 8), (8, 8, 16), (0, 1)),
+    "contracted between": ((2, 5, 64), (3, 64, 8), (1,)),
 }
 
 
@@ -30,6 +31,11 @@ def operands(shape):
     x[0, 1] = 0
     kernel[..., 0] *= 0.01  # and so has a quiet channel
     return x, kernel
+
+
+def matrix(kernel, contracted):
+    """[C, F]."""
+    return np.moveaxis(kernel, contracted, range(len(contracted))).reshape(64, -1)
 
 
 def by_hand(a, b):
@@ -46,7 +52,7 @@ def by_hand(a, b):
 def test_the_sum_is_that_of_whole_numbers_and_within_the_bound(shape):
     x, kernel = operands(shape)
     y = np.asarray(int8_product(x, kernel, "float32", shape[2], False), np.float64)
-    a, b = x.reshape(10, 64), kernel.reshape(64, -1)
+    a, b = x.reshape(10, 64), matrix(kernel, shape[2])
     wanted, bound = by_hand(a, b)
     np.testing.assert_allclose(y.reshape(wanted.shape), wanted, rtol=1e-5)
     error = y.reshape(wanted.shape) - a.astype(np.float64) @ b
@@ -64,7 +70,7 @@ def gradients(multiply, x, kernel, probe):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rounding_passes_gradients_straight_through(shape):
     x, kernel = operands(shape)
-    y = np.tensordot(x, kernel, shape[2])
+    y = int8_product(x, kernel, "float32", shape[2], False)
     probe = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
     plain = gradients(lambda x, w: product(x, w, "float32", shape[2]), x, kernel, probe)
     forward = gradients(
@@ -73,7 +79,7 @@ def test_rounding_passes_gradients_straight_through(shape):
     both = gradients(lambda x, w: int8_product(x, w, "float32", shape[2], True), x, kernel, probe)
     jax.tree.map(np.testing.assert_array_equal, forward, plain)
     np.testing.assert_array_equal(both[1], plain[1])
-    wanted, bound = by_hand(probe.reshape(10, -1), kernel.reshape(64, -1).T)
+    wanted, bound = by_hand(probe.reshape(10, -1), matrix(kernel, shape[2]).T)
     np.testing.assert_allclose(np.reshape(both[0], wanted.shape), wanted, rtol=1e-4, atol=1e-6)
     assert np.all(np.abs(both[0] - plain[0]).reshape(wanted.shape) <= bound + 1e-5)
 
@@ -82,7 +88,7 @@ def test_a_sum_that_int32_may_not_hold_is_refused():
     x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 2**18), (2**18, 1)))
     assert 2**18 > MAX_TERMS >= 2**17
     with pytest.raises(ValueError, match="262144 products"):
-        jax.eval_shape(lambda x, w: int8_product(x, w, "float32", 1, False), x, kernel)
+        jax.eval_shape(lambda x, w: int8_product(x, w, "float32", (0,), False), x, kernel)
 
 
 CONFIG = ModelConfig(

@@ -124,7 +124,7 @@ def test_fresh_dora_changes_nothing():
     )
     kernel = base["layer_1"]["attention"]["qkv"]["kernel"]
     magnitude = adapters["layer_1"]["attention"]["qkv"]["lora"]["value"]["magnitude"]
-    np.testing.assert_allclose(magnitude, np.linalg.norm(kernel[:, :, 3:], axis=0), rtol=1e-5)
+    np.testing.assert_allclose(magnitude, np.linalg.norm(kernel[:, 3:], axis=2), rtol=1e-5)
 
 
 def test_shapes_and_deviation():
@@ -243,10 +243,10 @@ def test_gradients_are_those_through_merged_weights():
     s = model.config.lora.scale
 
     part, d_part = attention["qkv"]["lora"]["query"], own["qkv"]["lora"]["query"]
-    d_query = d_kernels["qkv"]["kernel"][:, :, :2]
-    expected = s * jnp.einsum("dkgh,rkgh->dr", d_query, part["b"])
+    d_query = d_kernels["qkv"]["kernel"][:, :2]
+    expected = s * jnp.einsum("kgdh,rkgh->dr", d_query, part["b"])
     np.testing.assert_allclose(d_part["a"], expected, rtol=1e-3, atol=1e-6)
-    expected = s * jnp.einsum("dkgh,dr->rkgh", d_query, part["a"])
+    expected = s * jnp.einsum("kgdh,dr->rkgh", d_query, part["a"])
     np.testing.assert_allclose(d_part["b"], expected, rtol=1e-3, atol=1e-6)
 
     part, d_part = attention["output"]["lora"]["output"], own["output"]["lora"]["output"]
@@ -330,7 +330,7 @@ def test_eight_devices_equal_one(kind, bits):
     a = shardings["layers"]["block_0"]["attention"]["qkv"]["lora"]["query"]["a"]
     b = shardings["layers"]["block_0"]["attention"]["qkv"]["lora"]["query"]["b"]
     assert (tuple(a.spec), tuple(b.spec)) == (
-        (None, "fsdp", None), (None, None, "tensor", None, None)
+        ("stage", "fsdp", None), ("stage", None, "tensor", None, None)
     )  # fmt: skip
     tokens = make_tokens(8)
 

@@ -60,7 +60,7 @@ def expert(params, kind, e, x):
         h = x @ params["up"][e]
         h = h * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in h]))
     else:
-        gate, up = x @ params["gate_up"][e, :, 0], x @ params["gate_up"][e, :, 1]
+        gate, up = x @ params["gate_up"][e, 0], x @ params["gate_up"][e, 1]
         h = gate / (1 + np.exp(-gate)) * up
     return h @ params["down"][e]
 
@@ -149,7 +149,7 @@ def dense_total(module, params, x, real):
     kept = probabilities >= jnp.sort(probabilities, axis=-1)[..., -K, None]
     weights = jnp.where(kept & real[..., None], probabilities, 0)
     weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
-    both = jnp.einsum("btd,edfm->betfm", x, params["gate_up"])
+    both = jnp.einsum("btd,efdm->betfm", x, params["gate_up"])
     h = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
     out = jnp.einsum("betm,emd,bte->btd", h, params["down"], weights)
     z = jnp.sum(jnp.where(real, jax.nn.logsumexp(logits, axis=-1) ** 2, 0))
@@ -319,7 +319,7 @@ def test_an_expert_is_an_mlp_of_its_own_for_init_and_for_muon():
     tree = {"layer_0": {"moe": params}}
     numbers = optim.muon_dimension_numbers(tree)["layer_0"]["moe"]
     assert numbers["router"] is None
-    assert numbers["gate_up"] == optim.MuonDimensionNumbers((-3,), (-1,))
+    assert numbers["gate_up"] == optim.MuonDimensionNumbers((-2,), (-1,))
     assert numbers["down"] == optim.MuonDimensionNumbers((-2,), (-1,))
     assert all(jax.tree.leaves(optim.decay_mask(tree)))
 

@@ -5,20 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.models.product import batched_product, product, turned
+from llm_jax.models.product import _bfloat16_in_two_steps, batched_product, product, turned
 
 SHAPES = {
-    "plain": ((2, 5, 6), (6, 4), 1),
-    "several out": ((2, 5, 6), (6, 3, 2, 4), 1),
-    "several contracted": ((2, 5, 3, 2), (3, 2, 4), 2),
-    "no rows": ((6,), (6, 4), 1),
+    "plain": ((2, 5, 6), (6, 4), (0,)),
+    "several out": ((2, 5, 6), (6, 3, 2, 4), (0,)),
+    "several contracted": ((2, 5, 3, 2), (3, 2, 4), (0, 1)),
+    "contracted between": ((2, 5, 6), (3, 2, 6, 4), (2,)),
+    "contracted between, many rows": ((20, 5, 6), (3, 2, 6, 4), (2,)),
+    "several contracted between": ((2, 5, 3, 2), (5, 3, 2, 4), (1, 2)),
+    "no rows": ((6,), (6, 4), (0,)),
 }
 
 
 def operands(shape):
     rng = np.random.default_rng(0)
     x, kernel = (rng.normal(size=s) for s in shape[:2])
-    y = np.tensordot(x, kernel, shape[2])
+    lead = x.ndim - len(shape[2])
+    y = np.tensordot(x, kernel, (range(lead, x.ndim), shape[2]))
     return x, kernel, y, rng.normal(size=y.shape)
 
 
@@ -37,12 +41,13 @@ def with_gradients(x, kernel, probe, dtype, contracted):
 def test_value_and_gradients(shape, dtype, tolerance):
     x, kernel, y, probe = operands(shape)
     contracted = shape[2]
-    lead = x.ndim - contracted
-    out = kernel.ndim - contracted
+    lead = x.ndim - len(contracted)
+    kept = [axis for axis in range(kernel.ndim) if axis not in contracted]
+    d_kernel = np.tensordot(x, probe, (range(lead), range(lead)))
     wanted = (
         y,
-        np.tensordot(probe, kernel, (range(lead, lead + out), range(contracted, kernel.ndim))),
-        np.tensordot(x, probe, (range(lead), range(lead))),
+        np.tensordot(probe, kernel, (range(lead, probe.ndim), kept)),
+        np.moveaxis(d_kernel, range(len(contracted)), contracted),
     )
     with jax.default_matmul_precision("highest"):
         found = with_gradients(
@@ -58,13 +63,28 @@ def test_bfloat16_operands_are_summed_in_float32():
     """256 + 1 is not a bfloat16, so a sum kept in that type would lose every 1."""
     x = jnp.concatenate([jnp.full((1, 1), 256.0), jnp.ones((1, 63))], axis=1)
     y, dx, d_kernel = with_gradients(
-        x.astype(jnp.bfloat16), jnp.ones((64, 3)), jnp.ones((1, 3)), "bfloat16", 1
+        x.astype(jnp.bfloat16), jnp.ones((64, 3)), jnp.ones((1, 3)), "bfloat16", (0,)
     )
     assert y.tolist() == [[319.0] * 3]
     assert np.all(dx.astype(np.float32) == 3)
     rows = jnp.ones((300, 64), jnp.bfloat16)
-    _, _, d_kernel = with_gradients(rows, jnp.ones((64, 3)), jnp.ones((300, 3)), "bfloat16", 1)
+    _, _, d_kernel = with_gradients(rows, jnp.ones((64, 3)), jnp.ones((300, 3)), "bfloat16", (0,))
     assert np.all(d_kernel == 300)
+
+
+def test_rounding_is_that_of_a_cast():
+    """Ties, subnormal numbers of both types, what overflows, infinities and NaN, bit for bit."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 10_000, np.uint32)
+    halfway = np.arange(0, 2**32, 2**15, dtype=np.uint64).astype(np.uint32)  # every tie and every
+    values = np.concatenate([bits, halfway, halfway + 1, halfway - 1]).view(np.float32)  # bfloat16
+    actual = np.asarray(jax.jit(_bfloat16_in_two_steps)(values))
+    expected = values.astype(jnp.bfloat16)
+    assert actual.dtype == jnp.bfloat16
+    unordered = np.isnan(values)
+    assert unordered.any() and np.isnan(actual[unordered].astype(np.float32)).all()
+    np.testing.assert_array_equal(
+        actual[~unordered].view(np.uint16), expected[~unordered].view(np.uint16)
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -106,9 +106,9 @@ def test_int8_by_formula():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_layers_are_quantised_one_by_one(kind):
-    kernel = jax.random.normal(jax.random.key(0), (3, 10, 2, 9))
+    kernel = jax.random.normal(jax.random.key(0), (3, 2, 10, 9))
     stacked, actual = round_trip(kernel, kind, "gate_up")
-    assert stacked.ndim == 4 and stacked.shape == (10, 2, 9)
+    assert stacked.ndim == 4 and stacked.shape == (2, 10, 9)
     for layer in range(3):
         alone, expected = round_trip(kernel[layer], kind, "gate_up")
         np.testing.assert_array_equal(stacked.codes[layer], alone.codes)
@@ -182,7 +182,7 @@ def test_the_backward_pass_keeps_no_dequantised_kernel():
         shapes = jax.eval_shape(pull_back, base, adapters)
         return {leaf.shape for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.float32}
 
-    kernels = {(4, 8, 32), (32, 2, 48), (48, 32)}  # nothing trained lies below the first product
+    kernels = {(4, 8, 32), (2, 32, 48), (48, 32)}  # nothing trained lies below the first product
     assert kernels <= kept(base)
     assert not kernels & kept(jax.eval_shape(lambda: quantize(base, "nf4")))
 
