@@ -236,8 +236,10 @@ def _reason(axis: str, found: MeshPlan) -> str:
         return f"data {size}: copies of the model; their gradients go {where}, {seconds}"
     if axis == "fsdp":
         busy = "less" if found.time.hidden <= found.time.arithmetic else "more"
+        shared = f" (x context {mesh.context})" if mesh.context > 1 else ""
         return (
-            f"fsdp {size}: every device keeps 1/{size} of parameters and optimiser state; "
+            f"fsdp {size}{shared}: every device keeps 1/{size * mesh.context} of parameters and "
+            "optimiser state; "
             f"gathering them {where} takes {seconds}, {busy} than the arithmetic"
         )
     if axis == "tensor":
