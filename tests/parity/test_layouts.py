@@ -1,9 +1,9 @@
 """The conformance matrix: five steps of training on every mesh axis, and on products of them,
 against one device in float32; and the exchanges of each compiled step.
 
-Losses and gradient norms agree within a relative 2e-5: sums in another order. Those of one device
-are kept in tests/golden/layouts.json, and so are the exchanges, so that no
-change alters either unseen. `python tests/parity/test_layouts.py` writes the file anew.
+Losses and gradient norms agree within a relative 5e-5: sums in another order. Those of one device,
+and the exchanges, are kept in tests/golden/layouts.json, so that no change alters either unseen;
+`python tests/parity/test_layouts.py` writes it anew.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from llm_jax.types import Batch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts.json"
 STEPS, BATCH, LENGTH, VOCABULARY = 5, 8, 32, 64
+TOLERANCE = 5e-5
 
 DENSE = ModelConfig(
     vocab_size=VOCABULARY, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=64,
@@ -188,7 +189,7 @@ def _exact_products():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_device_trains_as_it_always_did(name):
-    np.testing.assert_allclose(on_one_device(name), golden()["losses"][name], rtol=2e-5)
+    np.testing.assert_allclose(on_one_device(name), golden()["losses"][name], rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name, axes", cases(FAST))
@@ -211,12 +212,12 @@ def test_a_product_of_axes_changes_no_step(name, axes):
 def test_other_ways_over_the_same_axes_change_no_step(changes, axes):
     alone = Training("dense", ONE, **changes).losses()
     split = Training("dense", layout(*axes), **changes).losses()
-    np.testing.assert_allclose(split, alone, rtol=2e-5)
+    np.testing.assert_allclose(split, alone, rtol=TOLERANCE)
 
 
 def compare(name, axes):
     training = Training(name, layout(*axes))
-    np.testing.assert_allclose(training.losses(), on_one_device(name), rtol=2e-5)
+    np.testing.assert_allclose(training.losses(), on_one_device(name), rtol=TOLERANCE)
     assert training.exchanges() == golden()["exchanges"][f"{name} {' '.join(axes)}"]
 
 

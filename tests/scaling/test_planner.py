@@ -84,8 +84,8 @@ def test_plans_divide_and_fit(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_plans_of_every_published_model_divide_and_fit(name):
+@pytest.mark.parametrize("name", sorted(PUBLISHED)[::8])
+def test_plans_of_published_models_divide_and_fit(name):
     found = [try_plan(job_of(name), find_cluster(cluster)) for cluster in CLUSTERS]
     assert any(found), name
 
