@@ -7,7 +7,7 @@ import typing
 from typing import Literal
 
 from llm_jax.errors import UserError, did_you_mean
-from llm_jax.models.int8_product import Matmul
+from llm_jax.models.eight_bit_product import Matmul
 from llm_jax.models.lora import LoraConfig
 from llm_jax.models.moe import MoeConfig
 from llm_jax.models.pipeline import PipelineConfig
@@ -78,7 +78,9 @@ class ModelConfig:
     lora: LoraConfig | None = None  # the settings of adapters, where the parameters hold some
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and activations
     # 8-bit operands in the projections of attention and MLP: in the forward product, or in the
-    # gradient of its inputs, too. Embeddings, norms, attention and logits are as `dtype` says.
+    # gradient of its inputs, too. Embeddings, norms, attention and logits are as `dtype` says. All
+    # compute everywhere; int8 is faster on TPUs v5e to v6e and on GPUs, fp8 on TPU 7x and on GPUs
+    # that have it (Ada, Hopper and later).
     matmul: Matmul = "default"
     scan_layers: bool = False  # one compiled block, looped: compiles faster, fuses less
     # What is kept for the backward pass, from all activations (none) to only the input of each

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.errors import UserError
-from llm_jax.models.int8_product import Matmul, int8_product
+from llm_jax.models.eight_bit_product import Matmul, eight_bit_product
 from llm_jax.models.kernels import LAYOUTS, Layout
 from llm_jax.models.lora import ADAPTERS, LoraConfig, adapted
 from llm_jax.models.quantize import Quantized, kernel_product
@@ -85,7 +85,7 @@ class Projection(nn.Module):
         if self.has_variable("params", ADAPTERS):
             y = self._adapted(x, kernel, layout)
         elif self.matmul != "default":
-            y = int8_product(x, kernel, self.dtype, layout.contracted, self.matmul == "int8")
+            y = eight_bit_product(x, kernel, self.dtype, layout.contracted, self.matmul)
         else:
             y = kernel_product(x, kernel, self.dtype, layout.contracted)
         y = y.astype(self.dtype)
