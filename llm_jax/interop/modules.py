@@ -78,12 +78,11 @@ def _cut(leaf: Leaf, piece: Piece) -> Iterator[Part]:
 def _features(leaf: Leaf, piece: Piece, axes: Sequence[int]) -> np.ndarray:
     """Which input or output of the module each place along these axes of a kernel is: int
     [axes...], -1 where the piece has none."""
-    names, start, shape = (
-        tuple(values[axis] for axis in axes) for values in (piece.axes, piece.start, leaf.shape)
-    )
+    names = tuple(piece.axes[axis] for axis in axes)
+    start = tuple(piece.start[axis] for axis in axes)
     (side,) = (i for i, factors in enumerate(piece.factors) if set(factors) & set(names))
     vector = Piece(piece.tensor, (piece.factors[side],), names, piece.sizes, start)
-    features = np.full(shape, -1)
+    features = np.full([leaf.shape[axis] for axis in axes], -1)
     filled = vector.turned(features[tuple(slice(*places) for places in vector.box)])
     filled[...] = np.arange(filled.size).reshape(filled.shape)
     filled += piece.first_row if side == 0 else 0
