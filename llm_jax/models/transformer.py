@@ -31,6 +31,7 @@ from llm_jax.models.rope import RopeConfig, apply_rotary, rotary_tables
 from llm_jax.sharding import constrain
 
 RESIDUAL_AXES = ("activation_batch", "activation_residual_time", "activation_embed")
+BRANCH_AXES = ("activation_batch", "activation_time", "activation_embed")
 ROWS_AXES = ("activation_rows", "activation_residual_time", "activation_embed")
 HEADS_AXES = ("activation_batch", "activation_heads")
 
@@ -144,9 +145,13 @@ class Block(nn.Module):
         dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
 
         def enter(x_BTD: jax.Array, branch: str) -> jax.Array:
-            return _norm(config, name=f"{branch}_norm")(x_BTD) if before else x_BTD
+            x_BTD = _norm(config, name=f"{branch}_norm")(x_BTD) if before else x_BTD
+            # Products split heads and MLPs over the tensor axis: what they read is gathered over
+            # it, else their kernels would be.
+            return constrain(x_BTD, *BRANCH_AXES)
 
         def leave(added_BTD: jax.Array, branch: str) -> jax.Array:
+            added_BTD = constrain(added_BTD, *BRANCH_AXES)  # and so their gradients
             if after:
                 added_BTD = _norm(config, name=f"{branch}_post_norm")(added_BTD)
             return dropout(added_BTD)
