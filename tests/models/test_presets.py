@@ -177,7 +177,7 @@ def layout(name):
 
     def one(path, box):
         names = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        axes = [entry or "-" for entry in sharding.spec(box.names)]
+        axes = ["+".join(sharding.mesh_axes(entry)) or "-" for entry in sharding.spec(box.names)]
         return names, f"{' '.join(map(str, box.value.shape))} → {' '.join(axes)}"
 
     shapes = jax.eval_shape(LanguageModel(sized(name)).init, jax.random.key(0))
