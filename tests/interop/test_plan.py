@@ -36,7 +36,7 @@ def test_layers_are_told_once():
     parameters = {p.name: p for p in plan(TINY, MeshConfig(fsdp=8)).parameters}
     embedding = parameters["embedding"]
     assert (embedding.count, embedding.shape, embedding.chip_shape) == (1, (64, 32), (64, 4))
-    assert embedding.spec == PartitionSpec("tensor", "fsdp")
+    assert embedding.spec == PartitionSpec("tensor", ("fsdp", "context"))
     assert parameters["layer_*/mlp_norm/scale"].count == 3
     assert parameters["layer_*/mlp_norm/scale"].chip_values == 3 * 32
 

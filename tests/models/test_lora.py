@@ -330,7 +330,7 @@ def test_eight_devices_equal_one(kind, bits):
     a = shardings["layers"]["block_0"]["attention"]["qkv"]["lora"]["query"]["a"]
     b = shardings["layers"]["block_0"]["attention"]["qkv"]["lora"]["query"]["b"]
     assert (tuple(a.spec), tuple(b.spec)) == (
-        ("stage", "fsdp", None), ("stage", None, "tensor", None, None)
+        ("stage", ("fsdp", "context"), None), ("stage", None, "tensor", None, None)
     )  # fmt: skip
     tokens = make_tokens(8)
 
