@@ -187,7 +187,10 @@ def _exact_products():
         yield
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    name if name in ("dense", "moe") else pytest.param(name, marks=pytest.mark.slow)
+    for name in MODELS
+])  # fmt: skip
 def test_one_device_trains_as_it_always_did(name):
     np.testing.assert_allclose(on_one_device(name), golden()["losses"][name], rtol=TOLERANCE)
 
