@@ -265,7 +265,7 @@ def test_kernels_travel_in_the_dtype_of_the_products_and_gradients_in_float32():
     for name in ("gate_up", "down"):
         assert f":bf16{shapes[name]} = all_gather[" in text
         assert f":f32{shapes[name]} = all_gather[" not in text
-    for part in (f"[{E},{D // 8},2,{M}]", f"[{E},{M},{D // 8}]"):
+    for part in (f"[{E},2,{D // 8},{M}]", f"[{E},{M},{D // 8}]"):
         assert f":f32{part} = reduce_scatter[" in text
 
 

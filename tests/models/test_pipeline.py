@@ -14,7 +14,7 @@ from llm_jax import optim, sharding, step
 from llm_jax.errors import UserError
 from llm_jax.generation.generate import generate
 from llm_jax.generation.sampler import SamplerConfig
-from llm_jax.mesh import MeshConfig, make_mesh
+from llm_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.lora import LoraConfig, init_adapters
 from llm_jax.models.moe import MoeConfig
@@ -42,7 +42,7 @@ ONE = MeshConfig(1)
 
 
 def mesh_of(config):
-    sizes = dataclasses.asdict(config).values()
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     return make_mesh(config, jax.devices()[: math.prod(sizes)])
 
 

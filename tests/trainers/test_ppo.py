@@ -277,7 +277,7 @@ def test_the_mesh_changes_nothing(on_policy, text):
     assert alone.logged("reward") == spread.logged("reward")
     assert any("critic" in name for name in alone.params)
     for name, value in alone.params.items():
-        np.testing.assert_allclose(value, spread.params[name], atol=1e-5)
+        np.testing.assert_allclose(value, spread.params[name], atol=5e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(check_resumes, reward_run, text):
