@@ -25,7 +25,7 @@ def active_parameter_count(config: ModelConfig) -> int:
     count = parameter_count(config)
     if config.moe is not None:
         idle = config.moe.num_experts - config.moe.experts_per_token
-        count -= config.num_layers * idle * _mlp_weights(config)
+        count -= config.num_layers * idle * mlp_weights(config)
     return count
 
 
@@ -58,7 +58,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     D, H = config.embed_dim, config.resolved_head_dim
     heads = config.num_heads * H
     qkv = D * (config.num_heads + 2 * config.kv_heads) * H
-    mlp = _mlp_weights(config)
+    mlp = mlp_weights(config)
     if config.moe is not None:
         mlp = config.moe.experts_per_token * mlp + D * config.moe.num_experts
     layer = qkv + heads * D + mlp
@@ -69,7 +69,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6.0 * trained + 4.0 * frozen + 3 * 2 * 2 * heads * seen
 
 
-def _mlp_weights(config: ModelConfig) -> int:
+def mlp_weights(config: ModelConfig) -> int:
     """Weights of one MLP, or of one expert."""
     return (3 if config.mlp in GATED else 2) * config.embed_dim * config.mlp_dim
 

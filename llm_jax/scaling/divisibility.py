@@ -8,6 +8,7 @@ import math
 from llm_jax.errors import UserError
 from llm_jax.mesh import MeshConfig
 from llm_jax.models.config import ModelConfig
+from llm_jax.sharding import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,13 @@ def divisions(model: ModelConfig, length: int, batch: int) -> tuple[Division, ..
         Division(("expert",), "model.moe.num_experts", experts),
         Division(("context",), "the length", length, pieces=2),
         Division(("fsdp", "context"), "model.embed_dim", model.embed_dim),
-        Division(("stage", "data", "fsdp", "expert"), "the batch", batch),
+        Division(RULES["activation_rows"], "the batch", batch),
     )
+
+
+def batch_shards(mesh: MeshConfig) -> int:
+    """How many ways a mesh without -1 splits the batch outside the layers."""
+    return math.prod(getattr(mesh, axis) for axis in RULES["activation_rows"])
 
 
 def divides(model: ModelConfig, mesh: MeshConfig, length: int, batch: int) -> bool:

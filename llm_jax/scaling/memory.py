@@ -28,6 +28,7 @@ from llm_jax.models.attention import choose_backend
 from llm_jax.models.layers import GATED
 from llm_jax.models.quantize import quantize
 from llm_jax.optim import MUON_KERNELS, OptimizerConfig
+from llm_jax.scaling.divisibility import batch_shards
 from llm_jax.weights import init_weights
 
 # optax's scale_by_factored_rms factors a parameter whose second largest dimension reaches this.
@@ -94,7 +95,7 @@ def training_memory(
     before = {}
     if micro_batches > 1:
         before = {"gradients of earlier micro-batches": planned.float32_bytes}
-    rows = batch / (mesh.stage * mesh.data * mesh.fsdp * mesh.expert) / micro_batches
+    rows = batch / batch_shards(mesh) / micro_batches
     tokens = rows * length / mesh.context
     points = _points(model, mesh, planned, tokens, length, chunk, platform)
     moments = optimizer_bytes(planned, optimizer)

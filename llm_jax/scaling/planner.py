@@ -21,7 +21,7 @@ from llm_jax.mesh import MESH_AXES, MeshConfig
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.size import parameter_count
 from llm_jax.optim import OptimizerConfig
-from llm_jax.scaling.divisibility import divides, divisions
+from llm_jax.scaling.divisibility import batch_shards, divides, divisions
 from llm_jax.scaling.hardware import GIB
 from llm_jax.scaling.memory import TrainingMemory, training_memory
 from llm_jax.scaling.presets import Cluster, cluster_names, find_cluster
@@ -59,7 +59,7 @@ class MeshPlan:
     def micro_batch_tokens(self) -> int | None:
         if self.micro_batches == 1:
             return None
-        return self.job.batch // _batch_shards(self.mesh) // self.micro_batches * self.job.length
+        return self.job.batch // batch_shards(self.mesh) // self.micro_batches * self.job.length
 
     def reasons(self) -> list[str]:
         """Why it is this mesh: a line a fact."""
@@ -161,7 +161,7 @@ def _ranked(job: Job, cluster: Cluster) -> list[tuple[MeshConfig, int, StepTime]
     """Meshes and numbers of micro-batches, the shortest step first."""
     found = []
     for mesh in meshes(job, cluster):
-        rows = job.batch // _batch_shards(mesh)
+        rows = job.batch // batch_shards(mesh)
         for micro_batches in (n for n in range(1, rows + 1) if rows % n == 0):
             time = step_time(
                 job.model, mesh, cluster, length=job.length, batch=job.batch,
@@ -219,10 +219,6 @@ def _smallest_that_fits(job: Job, cluster: Cluster) -> Cluster | None:
         if is_larger and isinstance(_search(job, larger), MeshPlan):
             return larger
     return None
-
-
-def _batch_shards(mesh: MeshConfig) -> int:
-    return mesh.stage * mesh.data * mesh.fsdp * mesh.expert
 
 
 def _reason(axis: str, found: MeshPlan) -> str:

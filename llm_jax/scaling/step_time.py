@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from llm_jax.mesh import MESH_AXES, MeshConfig
 from llm_jax.models.config import ModelConfig
-from llm_jax.models.layers import GATED
-from llm_jax.models.size import flops_per_token, parameter_count
+from llm_jax.models.pipeline import bubble_share
+from llm_jax.models.size import flops_per_token, mlp_weights, parameter_count
 from llm_jax.scaling.presets import Cluster
 
 GRADIENT_WIDTH = 4  # bytes of a gradient while it is reduced
@@ -93,7 +93,7 @@ def step_time(
         arithmetic=flops_per_token(model, length) * batch * length
         / (cluster.devices * cluster.chip.device_flops),
         links={axis: moved[axis] / rate(axis) for axis in MESH_AXES},
-        bubble=(mesh.stage - 1) / (micro_batches * mesh.stage + mesh.stage - 1),
+        bubble=bubble_share(mesh.stage, micro_batches * mesh.stage),
     )  # fmt: skip
 
 
@@ -134,6 +134,5 @@ def _parameters(model: ModelConfig) -> tuple[int, int]:
     count = parameter_count(model)
     if model.moe is None:
         return count, 0
-    weights = (3 if model.mlp in GATED else 2) * model.embed_dim * model.mlp_dim
-    experts = model.num_layers * model.moe.num_experts * weights
+    experts = model.num_layers * model.moe.num_experts * mlp_weights(model)
     return count - experts, experts

@@ -43,7 +43,7 @@ def define_flags() -> flags.FlagValues:
 
 def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     from llm_jax.mesh import resolve
-    from llm_jax.scaling.divisibility import check_mesh
+    from llm_jax.scaling.divisibility import batch_shards, check_mesh
     from llm_jax.step import fewest_parts
     from tools.bench.summary import write_json
     from tools.estimate.jobs import read_cluster, read_job
@@ -56,7 +56,7 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     job, config = read_job(values, overrides)
     mesh = resolve(config.mesh, cluster.devices)
     check_mesh(job.model, mesh, job.length, job.batch)
-    rows = job.batch // (mesh.stage * mesh.data * mesh.fsdp * mesh.expert)
+    rows = job.batch // batch_shards(mesh)
     parts = fewest_parts(rows, job.length, config.step.micro_batch_tokens)
     tokens = values.tokens or sum(
         phase.tokens or (phase.steps or 0) * phase.length * phase.batch for phase in config.phases

@@ -10,6 +10,7 @@ from llm_jax.data.phases import Phase
 from llm_jax.mesh import MeshConfig
 from llm_jax.models.remat import Remat
 from llm_jax.scaling.compiled import Program, TooLarge, compile_train_step
+from llm_jax.scaling.divisibility import batch_shards
 from llm_jax.scaling.presets import Cluster
 from llm_jax.trainers.pretrain import PretrainConfig
 
@@ -40,7 +41,7 @@ def search(
       For JSON: all trials, the cheapest policy of the config's own batch, the largest batch and the
       cheapest policy that fits it; None where none fits.
     """
-    shards = layout.stage * layout.data * layout.fsdp * layout.expert
+    shards = batch_shards(layout)
     usable = cluster.chip.device_usable
     trials: list[dict[str, Any]] = []
     policies = list(LADDER)
