@@ -317,7 +317,7 @@ def adapted():
         lora=LoraConfig(rank=2, targets=("query", "down")),
     )  # fmt: skip
     model = LanguageModel(config)
-    base = jax.tree.map(lambda x: 3 * x, unbox(jax.jit(model.init)(jax.random.key(0))))
+    base = jax.tree.map(lambda x: 3 * x, unbox(jax.jit(model.init)(jax.random.key(2))))
     adapters = unbox(init_adapters(jax.random.key(1), config, base))
     return model, base, jax.tree.map(lambda x: x + 0.3, adapters)
 
@@ -343,7 +343,7 @@ def test_the_reference_with_adapters_off_is_the_precomputed_one(adapted):
     assert abs(float(online[0][1])) > 0.01, "policy and reference differ"
     for actual, expected in zip(*map(jax.tree.leaves, (online, precomputed)), strict=True):
         assert np.all(np.isfinite(actual)) and np.any(expected)
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=5e-6)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_reference_gets_no_gradient(adapted):
