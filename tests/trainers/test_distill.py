@@ -78,12 +78,16 @@ def taught(run, key):
 @pytest.mark.parametrize("top_k", [None, 16])
 def test_a_student_comes_to_say_what_its_teacher_says(top_k, distilled):
     run = distilled(
-        top_k=top_k, loss=SOFT, optimizer=FAST, phases=(PhaseConfig(length=32, batch=8, steps=24),)
+        top_k=top_k,
+        seed=2,
+        loss=SOFT,
+        optimizer=FAST,
+        phases=(PhaseConfig(length=32, batch=8, steps=24),),
     )
     before, after = taught(run, "distill_loss")
     assert after < 0.5 * before
     before, after = taught(run, "token_agreement")
-    assert after > before
+    assert after > before + 0.1
     assert run.logged("eval/validation/loss")[-1] < run.logged("eval/validation/loss")[0]
     assert run.logged("loss") == pytest.approx(run.logged("distill_loss"))
 
