@@ -181,7 +181,7 @@ def test_rounded_parameters_give_the_same_loss_and_close_steps(half_reference, m
         assert losses[0] == half_reference[0][0]  # products round their operands in any case
         assert norms[0] != half_reference[1][0]  # gradients are not
     np.testing.assert_allclose(losses, half_reference[0], rtol=1e-2)
-    np.testing.assert_allclose(norms[0], half_reference[1][0], rtol=2e-2)
+    np.testing.assert_allclose(norms[0], half_reference[1][0], rtol=6e-3)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 

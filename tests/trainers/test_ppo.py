@@ -271,13 +271,13 @@ def test_without_a_coefficient_no_text_is_read(on_policy):
 
 
 def test_the_mesh_changes_nothing(on_policy, text):
-    sections = {"critic": CriticConfig(), "loss": PTX, "pretraining": text()}
+    sections = {"seed": 1, "critic": CriticConfig(), "loss": PTX, "pretraining": text()}
     alone = on_policy("ppo", **sections)
     spread = on_policy("ppo", devices=4, mesh=MeshConfig(data=2, fsdp=2), **sections)
     assert alone.logged("reward") == spread.logged("reward")
     assert any("critic" in name for name in alone.params)
     for name, value in alone.params.items():
-        np.testing.assert_allclose(value, spread.params[name], atol=5e-5)
+        np.testing.assert_allclose(value, spread.params[name], atol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(check_resumes, reward_run, text):
