@@ -226,14 +226,10 @@ def _abstract(
     config: PretrainConfig, model_config: ModelConfig, phase: Phase, mesh: Mesh
 ) -> tuple[Any, Any, Batch]:
     """Shapes of the state, its shardings, and the shapes of a batch."""
-
-    def init(rng: jax.Array) -> Any:
-        return weights.init_weights(model_config, (), rng)
-
     boxed = _boxed(model_config)
     optimizer = optim.make_optimizer(config.optimizer, sharding.unbox(boxed))
     state, shardings = step.init_state(
-        lambda rng: sharding.unbox(init(rng)),
+        lambda rng: sharding.unbox(weights.init_weights(model_config, (), rng)),
         optimizer,
         config.seed,
         mesh,
