@@ -24,8 +24,9 @@ def rows_of(run, name):
 
 @pytest.fixture(scope="module")
 def again(start):
-    """Sections of a run that sees every prompt in every round, from a model that ends answers."""
-    steps = (PhaseConfig(length=32, batch=16, steps=150),)
+    """Sections of a run that sees every prompt in every round, from a model that ends answers, and
+    that does not know yet which of them is the best."""
+    steps = (PhaseConfig(length=32, batch=16, steps=60),)
     return {
         "init_from": str(start("sft", phases=steps, optimizer=LEARNING)),
         "rollout": RolloutConfig(samples=2, max_new_tokens=8),
