@@ -67,7 +67,7 @@ def step_time(
     layers = model.num_layers / mesh.stage
     # A transfer forward has two of its size on the way back, and one more where the whole forward
     # pass is done again.
-    passes = 4 if model.remat == "full" else 3
+    passes = 4 if model.remat in ("full", "offload") else 3
     rate = functools.partial(link_rate, mesh=mesh, cluster=cluster)
     dense, experts = _parameters(model)
     parameters = (dense + experts / mesh.expert) / (mesh.tensor * mesh.stage)

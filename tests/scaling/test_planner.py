@@ -203,6 +203,17 @@ def test_stages_wait():
     assert time.bubble == pytest.approx(3 / (2 * 4 + 3))
 
 
+def test_a_second_forward_pass_sends_its_activations_again():
+    job, cluster = job_of("llama2-7b", 4096, 128), find_cluster("v5e-16")
+    mesh = next(m for m in meshes(job, cluster) if sizes(m) == {"fsdp": 8, "tensor": 2})
+    links = {}
+    for remat in ("none", "save_qkv_attention", "full", "offload"):
+        model = dataclasses.replace(job.model, remat=remat)
+        links[remat] = step_time(model, mesh, cluster, length=4096, batch=128).links["tensor"]
+    assert links["full"] == links["offload"] == pytest.approx(4 / 3 * links["none"])
+    assert links["save_qkv_attention"] == links["none"]
+
+
 # --- in configs -----------------------------------------------------------------------------------
 
 
