@@ -55,7 +55,10 @@ def get_config():
                     shots_source="hf:cais/mmlu:all",
                     shots_split="dev",
                 ),
+                # A judge's choice between two runs: settings.other_run and settings.judge.
+                "win_rate": task_config("win_rate"),
                 # Generated answers.
+                "ifeval": task_config("instruction_following"),
                 "addition": _answers("arithmetic:addition", max_new_tokens=16, held_out=True),
                 "gsm8k": _answers(
                     "hf:openai/gsm8k:main", "numeric", split="test", max_new_tokens=256

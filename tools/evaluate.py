@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from llm_jax.errors import UserError, did_you_mean
+from llm_jax.errors import UserError, did_you_mean, one_line
 from tools.cli import run_tool, split_overrides
 
 if TYPE_CHECKING:
@@ -179,8 +179,7 @@ def _entry(task: Task, params: Any) -> dict[str, Any]:
     try:
         result = task.run(params)
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return {**common, "error": str(error) if isinstance(error, UserError) else why}
+        return {**common, "error": one_line(error)}
     return {
         **common,
         "metrics": {key: _number(value) for key, value in result.metrics.items()},

@@ -53,6 +53,12 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_list("workdir", [], "run directories, separated by commas", flag_values=values)
     flags.DEFINE_string("output", None, "picture to write: .png, .svg or .pdf", flag_values=values)
+    flags.DEFINE_string(
+        "needle",
+        None,
+        "JSON of tools.evaluate: draw its retrieval over depth and length instead",
+        flag_values=values,
+    )
     flags.DEFINE_list("keys", ["loss"], "keys of metrics.jsonl, a panel each", flag_values=values)
     flags.DEFINE_enum("x", "step", ["step", "tokens"], "horizontal axis", flag_values=values)
     flags.DEFINE_boolean(
@@ -62,7 +68,13 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(values: flags.FlagValues) -> None:
-    if not values.workdir or not values.output:
+    if values.needle and values.output and not values.workdir:
+        from tools.needle_map import plot_needle
+
+        plot_needle(Path(values.needle), values.output)
+        print(values.output)
+        return
+    if values.needle or not values.workdir or not values.output:
         raise UserError("--workdir=RUN and --output=F.png are both needed.")
     from llm_jax.metrics import read_metrics_file
 

@@ -190,8 +190,17 @@ def generation_task(config: GenerationConfig, subject: Subject) -> Callable[[Any
     return make_generation(config, subject).run
 
 
-def make_generation(config: GenerationConfig, subject: Subject) -> GenerationTask:
+def make_generation(
+    config: GenerationConfig,
+    subject: Subject,
+    kind: type[GenerationTask] = GenerationTask,
+    fitting: Callable[[Sequence[Prompt], Callable[[str], None]], Sequence[Prompt]] | None = None,
+) -> GenerationTask:
     """The task with its prompts read, and its rewards made.
+
+    Args:
+      kind: what is to be made.
+      fitting: `(prompts, log) → those that can be asked`; None = all.
 
     Raises:
       UserError: see `generation_task`.
@@ -204,7 +213,11 @@ def make_generation(config: GenerationConfig, subject: Subject) -> GenerationTas
         )
     template = subject.template or make_template(config.data.template or DEFAULT_TEMPLATE)
     data = PromptData(config.data, template, subject.tokenizer, longest=longest, seed=config.seed)
-    asked = data.validation if config.held_out else (*data.validation, *data.train)
+    asked: Sequence[Prompt] = data.validation
+    if not config.held_out:
+        asked = (*data.validation, *data.train)
+    if fitting is not None:
+        asked = fitting(asked, subject.log)
     # Those that are held out are told by their hash, so that the first ones are any.
     chosen = list(asked[: config.rows])
     if not config.held_out:
@@ -227,7 +240,7 @@ def make_generation(config: GenerationConfig, subject: Subject) -> GenerationTas
             subject.log(f"{len(shown) - len(chosen):,} prompts are too long with their shots.")
     policy = dataclasses.replace(subject.policy, template=template)
     scorer = Scorer(config.rewards, config.max_reward_failures, policy)
-    return GenerationTask(config, subject, chosen, scorer, template.stop_ids(subject.tokenizer))
+    return kind(config, subject, chosen, scorer, template.stop_ids(subject.tokenizer))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -9,7 +9,14 @@ import ml_collections
 
 from llm_jax.config import build, defaults, resolved
 from llm_jax.errors import UserError, did_you_mean
-from llm_jax.evals import generation, multiple_choice, perplexity, recall
+from llm_jax.evals import (
+    generation,
+    instruction_following,
+    multiple_choice,
+    perplexity,
+    recall,
+    win_rate,
+)
 from llm_jax.evals.subject import Subject
 from llm_jax.evals.task import Task, TaskKind, TaskTerm
 
@@ -23,6 +30,11 @@ TASKS: dict[str, TaskKind] = {
         multiple_choice.MultipleChoiceConfig, multiple_choice.multiple_choice_task
     ),
     "generation": TaskKind(generation.GenerationConfig, generation.generation_task),
+    "instruction_following": TaskKind(
+        instruction_following.InstructionFollowingConfig,
+        instruction_following.instruction_following_task,
+    ),
+    "win_rate": TaskKind(win_rate.WinRateConfig, win_rate.win_rate_task),
 }
 
 

@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 
 from llm_jax.config import build, resolved
 from llm_jax.data.fields import has
-from llm_jax.errors import UserError, did_you_mean
-from llm_jax.rl import reward_models, verifiers
+from llm_jax.errors import UserError, did_you_mean, one_line
+from llm_jax.rl import instructions, reward_models, verifiers
 from llm_jax.rl.advantages import whiten
 from llm_jax.rl.rollouts import Rollouts
 from llm_jax.rl.scoring import Policy, Reward, RewardFunction, Sample, from_function, from_sample
@@ -83,6 +83,7 @@ REWARDS: dict[str, Kind] = {
     "regex": Kind(verifiers.RegexConfig, _each(verifiers.regex)),
     "json_schema": Kind(verifiers.JsonSchemaConfig, _each(verifiers.json_schema)),
     "unit_tests": Kind(verifiers.UnitTestsConfig, verifiers.unit_tests),
+    "instructions": Kind(instructions.InstructionsConfig, _each(instructions.instructions)),
     "length": Kind(NoSettings, lambda *_: from_sample(verifiers.length)),
     "finished": Kind(NoSettings, lambda *_: from_sample(verifiers.finished)),
     "model": Kind(
@@ -246,12 +247,7 @@ def _whitened(part: np.ndarray) -> np.ndarray:
 
 def _describe(name: str, sample: Sample, error: Exception) -> str:
     prompt = textwrap.shorten(sample.prompt_text, 60, placeholder="...")
-    return f"the reward {name!r} failed on row {sample.number} ({prompt!r}): {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line that is not too long."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"the reward {name!r} failed on row {sample.number} ({prompt!r}): {one_line(error)}"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -296,7 +292,7 @@ def _imported(path: str, settings: Mapping[str, Any]) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module does
-        raise UserError(f"it cannot be imported: {_reason(error)}.") from error
+        raise UserError(f"it cannot be imported: {one_line(error)}.") from error
     if not callable(function):
         raise UserError("it is no function.")
     with contextlib.suppress(ValueError):  # some functions in C tell nobody what they take
