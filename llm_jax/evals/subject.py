@@ -219,12 +219,6 @@ class Subject:
             return document_stop_ids(self.tokenizer)
         return self.template.stop_ids(self.tokenizer)
 
-    @functools.cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        rows = sharding.batch_sharding(self.mesh)
-        jitted = jax.jit(functools.partial(_read, self.model), out_shardings=rows)
-        return lambda params, *batch: jitted(params, *to_devices(batch, rows))
-
     def _check(self, ids: Ids, places: Ids) -> None:
         if not len(places) or not 0 < np.min(places) <= np.max(places) < len(ids):
             raise ValueError(f"places {places} of a sequence of {len(ids)} tokens")
@@ -250,11 +244,19 @@ class Subject:
             inputs_BA[row, : len(places)] = np.asarray(places) - 1
             targets_BA[row, : len(places)] = np.asarray(ids)[np.asarray(places)]
         batch = (tokens_BT, segments_BT, inputs_BA, targets_BA)
-        logprobs_BA, greedy_BA = map(to_host, self._compiled(params, *batch))
+        logprobs_BA, greedy_BA = map(to_host, _reader(self.model, self.mesh)(params, *batch))
         return [
             LogLikelihood(logprobs_BA[row, : len(places)], greedy_BA[row, : len(places)])
             for row, (_, places) in enumerate(questions)
         ]
+
+
+@functools.lru_cache(maxsize=8)
+def _reader(model: LanguageModel, mesh: Mesh) -> Callable[..., Any]:
+    """`_read` of host batches, compiled once for a model whatever its subjects."""
+    rows = sharding.batch_sharding(mesh)
+    jitted = jax.jit(functools.partial(_read, model), out_shardings=rows)
+    return lambda params, *batch: jitted(params, *to_devices(batch, rows))
 
 
 def _read(

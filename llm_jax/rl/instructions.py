@@ -17,7 +17,6 @@ from typing import Any
 
 from llm_jax.data.examples import MalformedExample
 from llm_jax.data.fields import Fields, as_json, as_list, as_object, as_text, list_of
-from llm_jax.errors import did_you_mean
 from llm_jax.rl.scoring import RewardFunction
 
 IDS, ARGUMENTS = "instruction_id_list", "kwargs"
@@ -88,9 +87,7 @@ def instructions_of(row: Mapping[str, Any], prompt: str = "") -> list[Instructio
     found = []
     for name, given in zip(names, arguments, strict=True):
         if name not in INSTRUCTIONS:
-            raise MalformedExample(
-                f"the instruction {name!r} is unknown.{did_you_mean(name, INSTRUCTIONS)}"
-            )
+            raise MalformedExample(f"the instruction {name!r} is none that is checked here")
         known = {k: v for k, v in as_object(given, ARGUMENTS).items() if v is not None}
         if name == "combination:repeat_prompt":
             known.setdefault("prompt_to_repeat", prompt)
