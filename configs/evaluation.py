@@ -4,6 +4,10 @@
     python -m tools.evaluate --workdir=RUN --tasks=gsm8k \\
         --config.tasks.gsm8k.settings.data.source=gsm8k_test.jsonl
 
+A stage measures itself by the same tasks while it trains: TaskTerm("key_value") and the like in
+config.evaluation.tasks. The data and rewards of "addition", "gsm8k" and "mbpp" are those that
+configs/grpo.py takes, as config.data and config.rewards.
+
 Every setting can be overridden by its path. Sources that begin with "hf:" are downloaded by the
 package datasets (pip install 'llm_jax[hf]'); a file with the same fields does as well. The others
 need nothing: what the run itself held out, or problems that are generated.
@@ -59,7 +63,7 @@ def get_config():
                 "win_rate": task_config("win_rate"),
                 # Generated answers.
                 "ifeval": task_config("instruction_following"),
-                "addition": _answers("arithmetic:addition", max_new_tokens=16, held_out=True),
+                "addition": _answers("arithmetic:addition", max_new_tokens=8, held_out=True),
                 "gsm8k": _answers(
                     "hf:openai/gsm8k:main", "numeric", split="test", max_new_tokens=256
                 ),

@@ -108,6 +108,7 @@ def evaluate(run: LoadedRun, tasks: Sequence[Task]) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "step": run.step,
+        "config": run.stored.lineage[-1]["config"],
         "stage": run.meta["stage"],
         "tokenizer": run.tokenizer.fingerprint,
         "parameters": parameter_count(run.model.config),
@@ -127,8 +128,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     from llm_jax.runs import write_json
 
     earlier = _read(output)
-    same = ("run", "step", "tokenizer")
-    if earlier is not None and all(earlier.get(name) == record[name] for name in same):
+    if earlier is not None and _of_one_checkpoint(earlier, record):
         record = {
             **record,
             "seconds": round(earlier["seconds"] + record["seconds"], 3),
@@ -206,6 +206,13 @@ def _output(given: str | None, run: LoadedRun) -> Path:
     return output
 
 
+def _of_one_checkpoint(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """A run that was made anew with another config is another one."""
+    names = ("step", "config", "tokenizer")
+    runs = [Path(record["run"]).resolve() for record in (first, second)]
+    return runs[0] == runs[1] and all(first[name] == second[name] for name in names)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """An earlier record; None where there is no file.
 
@@ -216,7 +223,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["tasks"].items()
+        known = {"run", "step", "config", "tokenizer", "seconds"}
+        if not known <= record.keys() or not hasattr(record["tasks"], "items"):
+            raise TypeError
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no record of this tool: name another --output.") from error

@@ -79,6 +79,13 @@ def test_tasks_of_the_same_checkpoint_stay_and_others_go(tool):
     assert list(record["tasks"]) == ["choice"] and record["step"] == 3
 
 
+def test_figures_of_a_run_that_was_made_anew_go(tool, tmp_path):
+    tool("--tasks=text")
+    (tmp_path / "run" / "config.json").write_text('{"seed": 1}')
+    _, record, _ = tool("--tasks=choice")
+    assert list(record["tasks"]) == ["choice"]
+
+
 def test_a_task_that_fails_is_recorded_and_the_others_are_run(tool, monkeypatch):
     def make(settings, subject):
         def run(params):
