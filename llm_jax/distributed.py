@@ -36,6 +36,7 @@ VARIABLES = {
 
 _MOMENTS = itertools.count()
 _PATIENCE = 3600  # seconds that processes wait for one that is alive, such as while it compiles
+_PATIENCE_WITH_FAILURES = 600  # seconds; the others may hang where one has failed alone
 _PARTING = 10.0  # seconds that a process which has failed waits for the others to fail as well
 
 
@@ -131,6 +132,35 @@ def ask_all(value: bool) -> list[bool]:
     from jax.experimental import multihost_utils
 
     return np.atleast_1d(multihost_utils.process_allgather(np.array(value))).tolist()
+
+
+def failures(moment: str, failure: str | None) -> dict[int, str]:
+    """What each process that failed at something says of it, by its number; all must call it.
+
+    No collective has a part in it: a process that failed alone asks while the others may still be
+    waiting for it in one. On CPUs they give up there after half a minute, fail as well, and come.
+
+    Args:
+      moment: what it is, the same in all processes, which come to it equally often.
+      failure: one line; None = this process did not fail.
+
+    Raises:
+      RuntimeError: the others do not come within ten minutes.
+    """
+    if not is_joined():
+        return {} if failure is None else {0: failure}
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    folder = f"llm_jax/failures/{next(_MOMENTS)}"
+    if failure is not None:
+        client.key_value_set(f"{folder}/{global_state.process_id}", failure)
+    try:
+        client.wait_at_barrier(f"{folder}/{moment}", _PATIENCE_WITH_FAILURES * 1000)
+    except Exception as error:
+        raise RuntimeError(f"{moment}: {failure or 'not all processes come to its end'}") from error
+    said = client.key_value_dir_get(f"{folder}/")
+    return {int(key.rpartition("/")[2]): text for key, text in sorted(said)}
 
 
 def check_equal(hashes: Mapping[str, str]) -> None:

@@ -17,6 +17,12 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The error in one line that is not too long; what a UserError says, as it says it."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:longest]
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest candidate, or the short list of all of them."""
     candidates = sorted(candidates)

@@ -126,6 +126,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
         "tokens_per_second": outcome.tokens_per_second,
         "mfu": outcome.mfu,
         "skipped_steps": outcome.skipped_steps,
+        "failed_evaluations": outcome.failed_evaluations or None,
     }
     result = {
         "status": "finished" if outcome.signal is None else "interrupted",

@@ -20,12 +20,15 @@ from llm_jax import optim, sharding
 from llm_jax import step as step_module
 from llm_jax.checkpoint import Checkpointer
 from llm_jax.data.phases import Clock, Phase, judge
-from llm_jax.distributed import wait_for_all
+from llm_jax.distributed import failures, wait_for_all
+from llm_jax.errors import one_line
 from llm_jax.metrics import RunLog
 from llm_jax.signals import Signals
 from llm_jax.throughput import Throughput, peak_flops
-from llm_jax.trainers.base import ProfileConfig, RunConfig, Setting, Trainer
+from llm_jax.trainers.base import Evaluation, ProfileConfig, RunConfig, Setting, Trainer
 from llm_jax.types import Mean, TrainState, join
+
+FAILED = "failed"  # eval/NAME/failed is 1 where an evaluation had no other result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Outcome:
     tokens_per_second: float | None
     mfu: float | None
     skipped_steps: int
+    failed_evaluations: int
     sample: str | None
     signal: int | None
 
@@ -69,6 +73,7 @@ class _Loop:
         self.throughput = Throughput(jax.device_count())
         self.latest: dict[str, float] = {}
         self.sample: str | None = None
+        self.failed_evaluations = 0
         self.train_step: Any = None
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
@@ -97,6 +102,7 @@ class _Loop:
             self.clock = Clock(**cursor["clock"])
             self.trainer.source.restore(cursor["source"])
             self.seconds_before = cursor["seconds"]
+            self.failed_evaluations = cursor["failed_evaluations"]
             self.latest = cursor["metrics"]
             self.log.resume(int(state.step), cursor["sums"])
             self.log.message(f"resumed at step {int(state.step)}")
@@ -135,6 +141,7 @@ class _Loop:
             tokens_per_second=speed,
             mfu=self.throughput.average_mfu(),
             skipped_steps=int(optim.read_metrics(self.state.opt_state)["skipped_steps"]),
+            failed_evaluations=self.failed_evaluations,
             sample=self.sample,
             signal=signals.agreed,
         )
@@ -269,18 +276,28 @@ class _Loop:
         params = self._product()
         results: dict[str, float] = {}
         for evaluation in setting.evaluations:
-            try:
-                values = evaluation.run(params)
-            except Exception as error:
-                self.log.message(f"evaluation {evaluation.name} failed: {error!r}")
-                # On one of several it may have failed alone, and the others wait for it in there.
-                if jax.process_count() > 1:
-                    raise
-                continue
+            values = self._run_evaluation(evaluation, params)
             results |= {f"eval/{evaluation.name}/{key}": value for key, value in values.items()}
         self.log.write(self.step, results)
-        self.latest |= results
+        past = [f"eval/{evaluation.name}/{FAILED}" for evaluation in setting.evaluations]
+        self.latest = {key: x for key, x in self.latest.items() if key not in past} | results
         return results
+
+    def _run_evaluation(self, evaluation: Evaluation, params: Any) -> dict[str, float]:
+        """What it returns; a failure is told, counted and recorded, and training goes on."""
+        values, failure = {}, None
+        try:
+            values = evaluation.run(params)
+        except Exception as error:
+            failure = one_line(error)
+        failed = failures(f"evaluation {evaluation.name}", failure)
+        if not failed:
+            return values
+        process, reason = next(iter(failed.items()))
+        where = f" in process {process}" if jax.process_count() > 1 else ""
+        self.log.message(f"evaluation {evaluation.name} failed{where}: {reason}")
+        self.failed_evaluations += 1
+        return {FAILED: 1.0}
 
     def _save(self, setting: Setting) -> None:
         if setting.sample is not None:
@@ -290,6 +307,7 @@ class _Loop:
             "clock": dataclasses.asdict(self.clock),
             "source": self.trainer.source.state(),
             "seconds": self._seconds(),
+            "failed_evaluations": self.failed_evaluations,
             "metrics": self.latest,
             "sums": self.log.sums(),
         }

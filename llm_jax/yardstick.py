@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.binding import binding_digest
 from llm_jax.config import digest, resolved
-from llm_jax.data.prompts import PromptData, PromptDataConfig
-from llm_jax.data.templates import DEFAULT_TEMPLATE, make_template
-from llm_jax.generation.sampler import SamplerConfig
+from llm_jax.data.prompts import PromptDataConfig
+from llm_jax.evals.generation import GenerationConfig, make_generation
+from llm_jax.evals.subject import Subject
 from llm_jax.models import LanguageModel
-from llm_jax.rl.rewards import RewardTerm, Scorer
-from llm_jax.rl.rollouts import RolloutConfig, sample_rollouts
-from llm_jax.rl.scoring import Policy
+from llm_jax.rl.rewards import RewardTerm
 from llm_jax.stored import find
-from llm_jax.trainers.rounds import describe_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,29 +66,31 @@ def measure(
       UserError: a run, prompts or rewards that cannot be read.
     """
     stored = find(str(run))
-    template = stored.template or make_template(config.data.template or DEFAULT_TEMPLATE)
-    tokenizer = stored.tokenizer()
-    model = LanguageModel(dataclasses.replace(stored.model, lora=None))
-    longest = model.config.max_length - config.max_new_tokens
-    prompts = PromptData(config.data, template, tokenizer, longest=longest, seed=config.seed)
-    chosen = prompts.validation[: config.rows]
-    scorer = Scorer(config.rewards, len(chosen), Policy(tokenizer, mesh, log))
     weights, _ = stored.read_merged(mesh)
-    rollouts = sample_rollouts(
-        model,
-        weights,
-        tokenizer,
-        chosen,
-        RolloutConfig(samples=1, max_new_tokens=config.max_new_tokens),
-        stop_ids=template.stop_ids(tokenizer),
-        length=max(len(prompt.ids) for prompt in chosen) + config.max_new_tokens,
-        rng=jax.random.key(config.seed),
-        sampler=SamplerConfig(config.temperature),
+    subject = Subject(
+        name=stored.name,
+        model=LanguageModel(dataclasses.replace(stored.model, lora=None)),
+        tokenizer=stored.tokenizer(),
+        template=stored.template,
+        mesh=mesh,
+        length=stored.meta["length"],
+        log=log,
     )
-    scores = scorer(rollouts.samples)
-    metrics, known = describe_scores(scores, rollouts), np.isfinite(scores.plain).sum()
-    stderr = metrics.pop("reward_std") / math.sqrt(max(known, 1))
-    return Measurement(stage, identity, metrics.pop("reward"), stderr, metrics)
+    settings = GenerationConfig(
+        data=config.data,
+        rewards=config.rewards,
+        passes=None,
+        rows=config.rows,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        slots=None,
+        max_reward_failures=config.rows,
+        seed=config.seed,
+    )
+    metrics = make_generation(settings, subject).run(weights).metrics
+    metrics.pop("reward_std")
+    reward, stderr = metrics.pop("reward"), metrics.pop("reward_stderr", 0.0)
+    return Measurement(stage, identity, reward, stderr, metrics)
 
 
 class Measurements:

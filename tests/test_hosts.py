@@ -193,6 +193,28 @@ def runs(tmp_path_factory, folder):
     return run
 
 
+def test_a_failure_of_one_process_is_known_to_all():
+    """And no collective has a part in it, so that nobody waits in one for the one that failed."""
+    program = (
+        "import sys; from llm_jax import distributed as d; i = int(sys.argv[1])\n"
+        "place = d.Place(f'127.0.0.1:{sys.argv[2]}', 2, i, peer_timeout=120)\n"
+        "d.start(place, {}, 'run')\n"
+        "print(d.failures('one', 'boom' if i else None), d.failures('two', None), "
+        "d.failures('three', f'both {i}'))"
+    )
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), port], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert said == ["{1: 'boom'} {} {0: 'both 0', 1: 'both 1'}"] * 2
+
+
 def test_two_processes_train_as_one_does(runs):
     assert_same_records(runs(2), runs(1), TOLERANCE)
     results = [json.loads((runs(count) / "result.json").read_text()) for count in (1, 2)]

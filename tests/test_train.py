@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from llm_jax.data.corpus import ComponentConfig, DataConfig
 from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import GateConfig, PhaseConfig, plan
 from llm_jax.data.tokenizer_base import ByteTokenizer
+from llm_jax.errors import UserError
 from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import MetricsConfig, RunLog, read_metrics_file
 from llm_jax.models.config import ModelConfig
@@ -436,19 +438,64 @@ def test_every_checkpoint_and_evaluation_happens_at_its_interval(tmp_path):
     assert saved_steps == [4, 5, 8, 10]
 
 
+def train_with(config, workdir, **evaluations):
+    """The outcome of training with evaluations that are given as functions, by name."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    trainer = point_trainer(config, mesh, PointSource(mesh))
+    setting = dataclasses.replace(
+        trainer.setting(trainer.phases[0]),
+        evaluations=tuple(Evaluation(name, run) for name, run in evaluations.items()),
+    )
+    trainer = dataclasses.replace(trainer, setting=lambda phase: setting)
+    with jax.set_mesh(mesh), RunLog(workdir, config.metrics, {}) as log:
+        return train(trainer, config, mesh, workdir, log)
+
+
 def test_evaluations_see_the_average_of_the_parameters(tmp_path):
     seen = []
     config = point_config(ONE_PHASE, optimizer=dataclasses.replace(QUICK, ema_decay=0.5))
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    trainer = point_trainer(config, mesh, PointSource(mesh))
-    watch = Evaluation("watch", lambda params: seen.append(jax.device_get(params)) or {})
-    setting = dataclasses.replace(trainer.setting(trainer.phases[0]), evaluations=(watch,))
-    trainer = dataclasses.replace(trainer, setting=lambda phase: setting)
-    with jax.set_mesh(mesh), RunLog(tmp_path, config.metrics, {}) as log:
-        train(trainer, config, mesh, tmp_path, log)
+    train_with(config, tmp_path, watch=lambda params: seen.append(jax.device_get(params)) or {})
     arrays, _ = saved(tmp_path, 8)
     np.testing.assert_array_equal(seen[0]["w"], arrays["params"]["w"])
     assert not np.array_equal(seen[0]["w"], arrays["train"]["params"]["w"])
+
+
+def test_an_evaluation_that_fails_is_recorded_and_training_goes_on(tmp_path, capfd):
+    calls = itertools.count()
+
+    def once(params):
+        if next(calls) == 1:
+            raise RuntimeError("no\nluck")
+        return {"score": 2.0}
+
+    def always(params):
+        raise UserError("the data is gone.")
+
+    config = point_config(ONE_PHASE, evaluation=EvaluationConfig(every=3))
+    outcome = train_with(config, tmp_path, once=once, always=always)
+    told = "".join(capfd.readouterr())
+    assert "evaluation once failed: RuntimeError: no luck" in told
+    assert "evaluation always failed: the data is gone." in told
+    records = read_metrics_file(tmp_path / "metrics.jsonl")
+    records = [record for record in records if "eval/always/failed" in record]
+    assert [r.get("eval/once/score") for r in records] == [2.0, None, 2.0]
+    assert [r.get("eval/once/failed") for r in records] == [None, 1.0, None]
+    assert outcome.step == 8 and outcome.failed_evaluations == 4
+    assert outcome.metrics["eval/always/failed"] == 1.0
+    assert "eval/once/failed" not in outcome.metrics
+    # They are counted over the whole run.
+    phases = (PhaseConfig(length=1, batch=2, steps=9),)
+    longer = dataclasses.replace(config, phases=phases)
+    assert train_with(longer, tmp_path, always=always).failed_evaluations == 5
+
+
+def test_a_user_who_stops_an_evaluation_stops_the_run(tmp_path):
+    def stop(params):
+        raise KeyboardInterrupt
+
+    config = point_config(ONE_PHASE, evaluation=EvaluationConfig(every=3))
+    with pytest.raises(KeyboardInterrupt):
+        train_with(config, tmp_path, stop=stop)
 
 
 def test_a_window_of_steps_is_profiled(tmp_path):

@@ -14,7 +14,7 @@ from llm_jax.errors import UserError, did_you_mean
 
 
 def run_tool(
-    main: Callable[[flags.FlagValues], None],
+    main: Callable[[flags.FlagValues], int | None],
     values: flags.FlagValues,
     usage: str,
     argv: Sequence[str] | None = None,
@@ -24,13 +24,14 @@ def run_tool(
     A tool imports jax inside `main`, so that --help and a mistyped flag need not wait for it.
 
     Args:
-      main: raises UserError for bad input.
+      main: raises UserError for bad input; its exit status, None = 0.
       values: the tool's flags, not parsed yet; --debug is added here.
       usage: the tool's docstring, printed by --help above the flags.
       argv: the program's name and its arguments; None = those of the process.
 
     Returns:
-      0, or 2 for bad input, which is told in one line on stderr; --debug raises it instead.
+      That of `main`, or 2 for bad input, which is told in one line on stderr; --debug raises it
+      instead.
     """
     argv = list(sys.argv if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -43,13 +44,18 @@ def run_tool(
         return 0
     try:
         _parse(values, argv)
-        main(values)
+        return main(values) or 0
     except UserError as error:
         if given & {"debug", "debug=true"}:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are no overrides of a config (--config.a.b=1), and those that are."""
+    overrides = [a for a in arguments if a.lstrip("-").startswith(("config.", "config["))]
+    return [a for a in arguments if a not in overrides], overrides
 
 
 def run_command(
@@ -80,8 +86,7 @@ def run_command(
     command = importlib.import_module(commands[name])
     main = command.main
     if takes_overrides:
-        overrides = [a for a in rest if a.lstrip("-").startswith(("config.", "config["))]
-        rest = [a for a in rest if a not in overrides]
+        rest, overrides = split_overrides(rest)
         main = functools.partial(main, overrides=overrides)
     return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
 

@@ -1,11 +1,15 @@
-"""Draws the curves of one or more runs.
+"""Draws the curves of one or more runs, or what a model finds in its context.
 
     python -m tools.plot --workdir=RUN[,RUN...] --output=F.png [--keys=loss,grad_norm] [--x=tokens]
+    python -m tools.plot --needle=RUN/evaluation.json --output=F.png
 
 Each key has a panel: its value in the training steps is a line, its values in evaluations
 (eval/NAME/KEY) are points on a dotted one. With a single run the phases are shaded and carry their
 context length. With --mean, runs whose configs differ in nothing but the seed become one curve:
 their mean, in a band from the lowest to the highest.
+
+With --needle, the tasks of tools.evaluate whose rows have a depth and a length (needle, key_value)
+are heat maps of their accuracy.
 """
 
 from __future__ import annotations
@@ -53,6 +57,12 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_list("workdir", [], "run directories, separated by commas", flag_values=values)
     flags.DEFINE_string("output", None, "picture to write: .png, .svg or .pdf", flag_values=values)
+    flags.DEFINE_string(
+        "needle",
+        None,
+        "JSON of tools.evaluate, whose retrieval over depth and length is drawn",
+        flag_values=values,
+    )
     flags.DEFINE_list("keys", ["loss"], "keys of metrics.jsonl, a panel each", flag_values=values)
     flags.DEFINE_enum("x", "step", ["step", "tokens"], "horizontal axis", flag_values=values)
     flags.DEFINE_boolean(
@@ -62,8 +72,14 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(values: flags.FlagValues) -> None:
-    if not values.workdir or not values.output:
-        raise UserError("--workdir=RUN and --output=F.png are both needed.")
+    if bool(values.workdir) == bool(values.needle) or not values.output:
+        raise UserError("--output=F.png is needed, and either --workdir=RUN or --needle=F.json.")
+    if values.needle:
+        from tools.needle_map import plot_needle
+
+        plot_needle(Path(values.needle), values.output)
+        print(values.output)
+        return
     from llm_jax.metrics import read_metrics_file
 
     folders = [Path(workdir) for workdir in values.workdir]

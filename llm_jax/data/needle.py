@@ -14,37 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from llm_jax.data.haystack import WORDS, Filler, Sentence, assemble, names_and_values, row_rng
 from llm_jax.errors import UserError
 from llm_jax.types import Batch
 
 BEFORE_NAME, AFTER_VALUE = " Note:", "."
-# Short common words of prose and of manuals: most are few tokens to a small tokenizer.
-_WORDS = (
-    "action address amount animal answer apple argument array attribute author bank base beach "
-    "bird block board body book border bottom box branch bridge brother buffer button byte "
-    "cache call candle card case chain change chapter character child choice circle city class "
-    "client clock cloud code color column command comment copy corner country course cover "
-    "crown current data date default detail device digit door dream earth edge element end "
-    "engine entry error event example exception face family farm father field figure file "
-    "filter fire flag floor flower folder foot form frame friend function garden gate glass "
-    "gold grain group hand handle head header heart hill history home horse house image index "
-    "input island item key king label lake language leaf letter level library light line link "
-    "list lock machine map mark market match matter message method middle mind mode module "
-    "money month moon morning mother mountain mouth music name nature night node noise north "
-    "note number object office order output owner package page paper parser part path pattern "
-    "people picture place plan plant player point port position power problem process product "
-    "program queen question range rate reason record result river road rock room root row rule "
-    "school science screen sea season seed server service set shape ship side sign size sky "
-    "snow song sound source south space star start state station stone story stream street "
-    "string summer sun system table target task teacher test text thing thread time title token "
-    "top tower town track tree type unit user valley value variable version view voice wall "
-    "water wave weight west wheel wind window winter word work world writer year"
-)
-WORDS = tuple(_WORDS.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +111,7 @@ class NeedleRows:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < self._size:
             raise IndexError(f"row {index} of {self._size}")
-        rng = _rng(self._seed, index)
+        rng = row_rng(self._seed, index)
         facts = self._builder.draw_facts(rng, self.needles)
         needle_depths = rng.uniform(size=self.needles)
         closing, *asked = facts[: self.questions]
@@ -181,7 +159,7 @@ def needle_examples(
     needles_each = min(1 + config.distractors, builder.needles_beside(1))
     rows, row_depths = [], np.repeat(np.asarray(depths, np.float64), per_depth)
     for index, depth in enumerate(row_depths):
-        rng = _rng(seed, index)
+        rng = row_rng(seed, index)
         asked, *others = builder.draw_facts(rng, needles_each)
         needles = [(depth, asked), *zip(rng.uniform(size=len(others)), others, strict=True)]
         rows.append(builder.row(rng, needles, [], asked, answer_weight=1.0, text_weight=0.0))
@@ -194,13 +172,6 @@ class _Fact:
 
     name: list[int]
     value: list[int]
-
-
-class _Sentence(NamedTuple):
-    """tokens: int [n]; weights: float [n], the loss weight of each as a target."""
-
-    tokens: np.ndarray
-    weights: np.ndarray
 
 
 class _Builder:
@@ -225,12 +196,11 @@ class _Builder:
                 f"{config.names}."
             )
         self._start = np.array(tokenizer.document_start, np.int32)
-        self._filler = _Filler(filler, tokenizer.token_bytes())
+        self._filler = Filler(filler, tokenizer.token_bytes())
         self._length = length
         self._before_name = tokenizer.encode(BEFORE_NAME, "after_text")
         self._after_value = tokenizer.encode(AFTER_VALUE, "after_text")
-        words = sorted((tokenizer.encode(f" {word}", "after_text") for word in WORDS), key=len)
-        self._names, self._values = _names_and_values(words, config.names, config.answers)
+        self._names, self._values = names_and_values(tokenizer, config.names, config.answers)
         self.value_tokens = len(self._values[0])
         question = len(self._before_name) + len(self._names[-1])
         self.sentence_tokens = question + self.value_tokens + len(self._after_value)
@@ -278,81 +248,21 @@ class _Builder:
         end = len(last.tokens) - len(self._after_value)
         taken = len(self._start) + end + sum(len(sentence.tokens) for _, sentence in inserts)
         filler = self._filler.draw(rng, self._length + 1 - taken)
-        filler_weights = np.full(len(filler), text_weight)
-
-        tokens, weights, begin = [self._start], [np.zeros(len(self._start))], 0
-        places = [(int(depth * len(filler)), sentence) for depth, sentence in inserts]
-        for place, sentence in sorted(places, key=lambda insert: insert[0]):
-            tokens += [filler[begin:place], sentence.tokens]
-            weights += [filler_weights[begin:place], sentence.weights]
-            begin = place
-        sequence = np.concatenate([*tokens, filler[begin:], last.tokens[:end]]).astype(np.int32)
-        weights += [filler_weights[begin:], last.weights[:end]]
+        sequence, weights = assemble(self._start, filler, text_weight, inserts)
+        sequence = np.concatenate([sequence, last.tokens[:end]]).astype(np.int32)
+        weights = np.concatenate([weights, last.weights[:end]]).astype(np.float32)
         return Batch(
             tokens=sequence[:-1],
             targets=sequence[1:],
-            loss_weights=np.concatenate(weights).astype(np.float32)[1:],
+            loss_weights=weights[1:],
             segment_ids=np.ones(self._length, np.int32),
             positions=np.arange(self._length, dtype=np.int32),
         )
 
-    def _sentence(self, fact: _Fact, value_weight: float, text_weight: float) -> _Sentence:
+    def _sentence(self, fact: _Fact, value_weight: float, text_weight: float) -> Sentence:
         """A needle, or a question with its answer."""
         before = self._before_name + fact.name
         tokens = np.array(before + fact.value + self._after_value)
         weights = np.full(len(tokens), text_weight)
         weights[len(before) : len(before) + len(fact.value)] = value_weight
-        return _Sentence(tokens, weights)
-
-
-def _names_and_values(
-    words: list[list[int]], names: int, values: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Takes the values from the shortest length that enough words have, the names from the rest.
-
-    Args:
-      words: token ids of each word, the shortest first.
-
-    Raises:
-      UserError: no length is that of so many words.
-    """
-    lengths = sorted({len(word) for word in words})
-    fitting = [n for n in lengths if sum(len(word) == n for word in words) >= values]
-    if not fitting:
-        raise UserError(
-            f"needle.answers={values}: this tokenizer writes no {values} of the words with "
-            f"the same number of tokens; lower it."
-        )
-    chosen = [word for word in words if len(word) == fitting[0]][-values:]
-    rest = [word for word in words if word not in chosen]
-    return rest[:names], chosen
-
-
-class _Filler:
-    """Text of a token store without its special tokens, from any place on, round and round."""
-
-    def __init__(self, store: Any, token_bytes: np.ndarray):
-        self._tokens = store.tokens
-        self._is_text = token_bytes > 0
-        # One look for all rows, so that drawing cannot go round for ever.
-        if not any(self._is_text[store.document(i)].any() for i in range(len(store))):
-            raise UserError(
-                "the token store holds no text for the haystack: check the data source."
-            )
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """int32 [count], text tokens from a uniformly drawn place on."""
-        total = len(self._tokens)
-        begin = int(rng.integers(total))
-        found: list[np.ndarray] = []
-        missing = count
-        while missing:
-            stretch = np.asarray(self._tokens[begin : begin + missing], np.int32)
-            found.append(stretch[self._is_text[stretch]])
-            missing -= len(found[-1])
-            begin = (begin + len(stretch)) % total
-        return np.concatenate([np.zeros(0, np.int32), *found])
-
-
-def _rng(seed: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
+        return Sentence(tokens, weights)

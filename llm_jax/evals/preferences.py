@@ -11,6 +11,7 @@ from llm_jax.data.example_store import STRENGTHS
 from llm_jax.data.preferences import PreferenceRows
 from llm_jax.evals.batching import padded_batches
 from llm_jax.evals.objective import spread
+from llm_jax.evals.statistics import ratio
 from llm_jax.placement import to_host
 from llm_jax.types import PreferenceBatch
 
@@ -55,8 +56,8 @@ def evaluate_rewards(
         every.append(values[real])
     gap, prompt, strength = (np.concatenate(x) for x in (gaps, prompts, strengths))
     right = gap > 0
-    result = {"accuracy": float(right.mean())}
-    result |= _standard_error(right, prompt)
+    _, where = np.unique(prompt, return_inverse=True)
+    result = ratio("accuracy", np.bincount(where, weights=right), np.bincount(where))
     for index, name in enumerate(STRENGTHS):
         if np.any(strength == index):
             key = f"accuracy/{name.replace(' ', '_')}"
@@ -86,14 +87,3 @@ def calibration(gap: np.ndarray) -> dict[str, float]:
             result[f"calibration/{lower:.1f}"] = right
             result[f"calibration_pairs/{lower:.1f}"] = float(inside.sum())
     return {"calibration_error": float(error), **result}
-
-
-def _standard_error(right: np.ndarray, prompt: np.ndarray) -> dict[str, float]:
-    """Of a ratio of sums over prompts; absent for a single one."""
-    names, where = np.unique(prompt, return_inverse=True)
-    if len(names) < 2:
-        return {}
-    wins, pairs = np.bincount(where, weights=right), np.bincount(where)
-    squares = np.sum((wins - right.mean() * pairs) ** 2)
-    variance = len(names) / (len(names) - 1) * squares / pairs.sum() ** 2
-    return {"accuracy_stderr": float(np.sqrt(variance))}

@@ -23,9 +23,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.config import build, resolved
-from llm_jax.errors import UserError, did_you_mean
-from llm_jax.rl import reward_models, verifiers
+from llm_jax.data.fields import has
+from llm_jax.errors import UserError, did_you_mean, one_line
+from llm_jax.rl import instructions, reward_models, verifiers
 from llm_jax.rl.advantages import whiten
+from llm_jax.rl.rollouts import Rollouts
 from llm_jax.rl.scoring import Policy, Reward, RewardFunction, Sample, from_function, from_sample
 
 __all__ = ["REWARDS", "Kind", "Policy", "RewardTerm", "Sample", "Scorer", "Scores"]
@@ -81,6 +83,7 @@ REWARDS: dict[str, Kind] = {
     "regex": Kind(verifiers.RegexConfig, _each(verifiers.regex)),
     "json_schema": Kind(verifiers.JsonSchemaConfig, _each(verifiers.json_schema)),
     "unit_tests": Kind(verifiers.UnitTestsConfig, verifiers.unit_tests),
+    "instructions": Kind(instructions.InstructionsConfig, _each(instructions.instructions)),
     "length": Kind(NoSettings, lambda *_: from_sample(verifiers.length)),
     "finished": Kind(NoSettings, lambda *_: from_sample(verifiers.finished)),
     "model": Kind(
@@ -204,6 +207,39 @@ class Scorer:
             self._policy.log("further failures of rewards are counted only.")
 
 
+def describe_scores(scores: Scores, rollouts: Rollouts) -> dict[str, float]:
+    """What to log of samples: rewards, lengths, how many ended by themselves."""
+    known = scores.plain[np.isfinite(scores.plain)]
+    parts = {f"rewards/{name}": _mean(values) for name, values in scores.parts.items()}
+    return {
+        "reward": _mean(scores.plain),
+        "reward_std": float(known.std()) if len(known) else 0.0,
+        **parts,
+        "completion_length": float(rollouts.lengths.mean()),
+        "finished": float(rollouts.finished.mean()),
+    }
+
+
+def check_answers(terms: Sequence[RewardTerm], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses rewards that compare with a field of the row where no row has it.
+
+    Raises:
+      UserError: see above.
+    """
+    for term in terms:
+        field = getattr(_settings(term), "field", None)
+        if field is not None and rows and not any(has(dict(row), field) for row in rows):
+            raise UserError(
+                f"the reward {term.name!r} compares with the field {field!r}, which no row has: "
+                "name another field in its settings, or give rows with answers."
+            )
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
 def _whitened(part: np.ndarray) -> np.ndarray:
     known = np.isfinite(part)
     return np.where(known, whiten(part, known), np.float32(np.nan))
@@ -211,12 +247,7 @@ def _whitened(part: np.ndarray) -> np.ndarray:
 
 def _describe(name: str, sample: Sample, error: Exception) -> str:
     prompt = textwrap.shorten(sample.prompt_text, 60, placeholder="...")
-    return f"the reward {name!r} failed on row {sample.number} ({prompt!r}): {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line that is not too long."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"the reward {name!r} failed on row {sample.number} ({prompt!r}): {one_line(error)}"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -234,19 +265,26 @@ def _make(config: RewardTerm, policy: Policy, where: str) -> Reward:
     Raises:
       UserError: the reward cannot be made; the message names its place in the config.
     """
-    settings = resolved(config.settings)
     try:
         if ":" in config.name:
-            return from_function(_imported(config.name, settings), config.seconds)
+            function = _imported(config.name, resolved(config.settings))
+            return from_function(function, config.seconds)
         if config.name not in REWARDS:
             raise UserError(
                 f"no such reward.{did_you_mean(config.name, REWARDS)} A function of your own is "
                 "named package.module:function."
             )
-        kind = REWARDS[config.name]
-        return kind.make(build(kind.settings, settings, "settings"), policy, config.seconds)
+        return REWARDS[config.name].make(_settings(config), policy, config.seconds)
     except UserError as error:
         raise UserError(f"{where}, {config.name!r}: {error}") from error
+
+
+def _settings(config: RewardTerm) -> Any:
+    """The settings of a reward as its dataclass; None of a function."""
+    kind = REWARDS.get(config.name)
+    if kind is None:
+        return None
+    return build(kind.settings, resolved(config.settings), "settings")
 
 
 def _imported(path: str, settings: Mapping[str, Any]) -> RewardFunction:
@@ -254,7 +292,7 @@ def _imported(path: str, settings: Mapping[str, Any]) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module does
-        raise UserError(f"it cannot be imported: {_reason(error)}.") from error
+        raise UserError(f"it cannot be imported: {one_line(error)}.") from error
     if not callable(function):
         raise UserError("it is no function.")
     with contextlib.suppress(ValueError):  # some functions in C tell nobody what they take

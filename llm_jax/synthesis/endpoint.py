@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from llm_jax.data.examples import Message
-from llm_jax.errors import UserError
+from llm_jax.errors import UserError, one_line
 from llm_jax.synthesis.responders import LETTERS, Leaning, Reply, Turns, Unanswered
 
 API_KEY = "OPENAI_API_KEY"
@@ -126,17 +126,17 @@ class Endpoint:
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             raise UserError(
-                f"{config.url} cannot be reached ({_line(reason)}): start it, or mend the URL."
+                f"{config.url} cannot be reached ({one_line(reason)}): start it, or mend the URL."
             ) from error
         except openai.APIStatusError as error:
             if error.status_code in (401, 403, 404):
                 raise UserError(
-                    f"{config.url} refuses to serve {config.model!r} ({_line(error)}): see to the "
-                    f"URL, the model's name and the key in ${API_KEY}."
+                    f"{config.url} refuses to serve {config.model!r} ({one_line(error)}): see to "
+                    f"the URL, the model's name and the key in ${API_KEY}."
                 ) from error
-            return Unanswered(_line(error))
+            return Unanswered(one_line(error))
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            return Unanswered(f"what came back is no chat completion ({_line(error)})")
+            return Unanswered(f"what came back is no chat completion ({one_line(error)})")
 
     def _at_once(self, ask: Callable[[T], R], questions: Sequence[T]) -> list[R]:
         with ThreadPoolExecutor(self._config.concurrency) as threads:
@@ -154,8 +154,3 @@ def letter_of(text: str) -> str | None:
         if found := set(form.findall(text)):
             return found.pop() if len(found) == 1 else None
     return None
-
-
-def _line(error: BaseException) -> str:
-    """The error in one line that is not too long."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

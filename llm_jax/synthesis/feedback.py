@@ -136,17 +136,67 @@ def revise(
         yield from (draft.row() for draft in drafts)
 
 
-class Comparer:
-    """Pairs of answers of the policy, ordered by the judge.
+class PairJudge:
+    """A judge of two answers, asked in both orders.
 
-    Every pair is judged in both orders. What a judge gains or loses by the place of an answer has
-    the same sign in both log-odds, and vanishes from their difference.
+    What it gains or loses by the place of an answer has the same sign in both log-odds, and
+    vanishes from their difference.
 
     Attributes:
       compared: pairs that the judge has answered on in both orders.
       swayed: those of them in which both orders gave the same letter.
       mass: the sum over them of p(A) + p(B), the mean of both orders.
     """
+
+    def __init__(self, judge: Responder, constitution: Constitution, ledger: Ledger, seed: int):
+        """
+        Raises:
+          UserError: a constitution without choices.
+        """
+        self._judge, self._ledger, self._seed = judge, ledger, seed
+        self._principles = constitution.choosing
+        self.compared = self.swayed = 0
+        self.mass = 0.0
+
+    def principle(self, question: Question) -> Principle:
+        """By which answers to the question are compared."""
+        return draw(self._principles, self._seed, question.number)
+
+    def log_odds(self, pairs: Sequence[tuple[Question, str, str]]) -> list[float | None]:
+        """Of the first answer of each pair over the second, from both orders; 0 where the judge
+        contradicts itself, None where it has no answer.
+
+        Raises:
+          UserError: more failures than the ledger's limit.
+        """
+        both = [
+            _question(question.turns, self.principle(question), *answers[::direction])
+            for question, *answers in pairs
+            for direction in (1, -1)
+        ]
+        leanings = self._judge.lean(both)
+        questions = [question for question, *_ in pairs]
+        each = zip(questions, leanings[::2], leanings[1::2], strict=True)
+        return [self._from_both(*given) for given in each]
+
+    def _from_both(
+        self, question: Question, forward: Leaning | Unanswered, backward: Leaning | Unanswered
+    ) -> float | None:
+        for leaning in (forward, backward):
+            if isinstance(leaning, Unanswered):
+                self._ledger.fail(question, leaning)
+                return None
+        assert isinstance(forward, Leaning) and isinstance(backward, Leaning)
+        self.compared += 1
+        self.swayed += forward.log_odds * backward.log_odds > 0
+        self.mass += (forward.mass + backward.mass) / 2
+        log_odds = (forward.log_odds - backward.log_odds) / 2
+        # Where a judge that is known by its letters contradicts itself, infinities give no number.
+        return 0.0 if math.isnan(log_odds) else log_odds
+
+
+class Comparer(PairJudge):
+    """Pairs of answers of the policy, ordered by the judge."""
 
     def __init__(
         self,
@@ -160,10 +210,8 @@ class Comparer:
         Raises:
           UserError: a constitution without choices.
         """
-        self._policy, self._judge, self._ledger, self._seed = policy, judge, ledger, seed
-        self._principles = constitution.choosing
-        self.compared = self.swayed = 0
-        self.mass = 0.0
+        super().__init__(judge, constitution, ledger, seed)
+        self._policy = policy
 
     def rows(self, questions: Iterable[Question]) -> Iterator[dict[str, Any]]:
         """Rows of the format `preference`, with the principle and the probability that the judge
@@ -174,45 +222,18 @@ class Comparer:
         """
         for chunk, rng in _chunks(questions, self._seed):
             pairs = self._pairs(chunk, rng)
-            drawn = [draw(self._principles, self._seed, q.number) for q, _, _ in pairs]
-            both = [
-                _question(q.turns, p, *answers[::direction])
-                for (q, *answers), p in zip(pairs, drawn, strict=True)
-                for direction in (1, -1)
-            ]
-            leanings = self._judge.lean(both)
-            for (question, *answers), principle, forward, backward in zip(
-                pairs, drawn, leanings[::2], leanings[1::2], strict=True
-            ):
-                log_odds = self._log_odds(question, forward, backward)
-                if log_odds is not None:
+            for (question, *answers), log_odds in zip(pairs, self.log_odds(pairs), strict=True):
+                if log_odds == 0:
+                    self._ledger.dropped["tie"] += 1
+                elif log_odds is not None:
                     chosen, rejected = answers if log_odds > 0 else answers[::-1]
                     yield {
                         "prompt": _fields(question.turns),
                         "chosen": chosen,
                         "rejected": rejected,
-                        "principle": principle.name,
+                        "principle": self.principle(question).name,
                         "probability": 1 / (1 + math.exp(-abs(log_odds))),
                     }
-
-    def _log_odds(
-        self, question: Question, forward: Leaning | Unanswered, backward: Leaning | Unanswered
-    ) -> float | None:
-        """Of the first answer over the second, from both orders; None for a pair without a row."""
-        for leaning in (forward, backward):
-            if isinstance(leaning, Unanswered):
-                self._ledger.fail(question, leaning)
-                return None
-        assert isinstance(forward, Leaning) and isinstance(backward, Leaning)
-        self.compared += 1
-        self.swayed += forward.log_odds * backward.log_odds > 0
-        self.mass += (forward.mass + backward.mass) / 2
-        log_odds = (forward.log_odds - backward.log_odds) / 2
-        # Where a judge that is known by its letters contradicts itself, infinities give no number.
-        if math.isnan(log_odds) or log_odds == 0:
-            self._ledger.dropped["tie"] += 1
-            return None
-        return log_odds
 
     def _pairs(self, chunk: Sequence[Question], rng: jax.Array) -> list[tuple[Question, str, str]]:
         """Two answers to each question, where they differ."""

@@ -12,6 +12,7 @@ from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.phases import Phase, PhaseConfig
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import UserError
+from llm_jax.evals.task import TaskTerm
 from llm_jax.mesh import MeshConfig
 from llm_jax.metrics import MetricsConfig
 from llm_jax.optim import OptimizerConfig
@@ -26,6 +27,8 @@ class EvaluationConfig:
     at_start: bool = False  # once before the first step, too: what the stage starts from
     rows: int = 64  # at most this many validation rows
     batch: int | None = None  # rows at once; None: as many as a training batch
+    # Further ones, as tools.evaluate has them, after those of the stage: see evals.tasks.
+    tasks: tuple[TaskTerm, ...] = ()
 
     positive: ClassVar[tuple[str, ...]] = ("every", "rows")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from llm_jax.config import resolved
 from llm_jax.data.example_store import texts_of
 from llm_jax.data.examples import Message
 from llm_jax.data.phases import Phase, plan
+from llm_jax.data.store import TokenStore
 from llm_jax.data.template_base import ChatTemplate
 from llm_jax.data.templates import DEFAULT_TEMPLATE, make_template
 from llm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from llm_jax.errors import UserError
+from llm_jax.evals.subject import BATCH, Subject
+from llm_jax.evals.task import Task
+from llm_jax.evals.tasks import make_tasks
 from llm_jax.generation.generate import generate_texts
 from llm_jax.generation.sampler import SamplerConfig
 from llm_jax.mesh import require_host_memory
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import RUNTIME_FIELDS, check_length
 from llm_jax.models.context import check_context
+from llm_jax.models.heads import REWARD
 from llm_jax.models.pipeline import bubble_share, micro_batches_per_stage
 from llm_jax.models.size import (
     active_parameter_count,
@@ -34,7 +40,7 @@ from llm_jax.models.size import (
 )
 from llm_jax.placement import to_devices
 from llm_jax.step import micro_batches
-from llm_jax.trainers.base import RunConfig, Setting, Source, Trainer
+from llm_jax.trainers.base import Evaluation, RunConfig, Setting, Source, Trainer
 from llm_jax.trainers.origin import Origin, Weights, decide_weights
 
 # The embedding table is padded to a multiple, so that a tensor axis divides it.
@@ -151,6 +157,44 @@ class Foundation:
         jitted = jax.jit(function, out_shardings=rows)
         return lambda params, batch: jitted(params, to_devices(batch, rows))
 
+    def subject(
+        self,
+        model: LanguageModel,
+        length: int,
+        held_out: Callable[[], Mapping[str, TokenStore]] | None = None,
+    ) -> Subject:
+        """The model of a phase as tasks see it.
+
+        Args:
+          length: of the phase.
+          held_out: gives the documents that are not trained on, of a stage that has texts.
+        """
+        return Subject(
+            name="the model",
+            model=model,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            mesh=self.mesh,
+            length=length,
+            log=self.log,
+            held_out=held_out,
+            batch=self.config.evaluation.batch or BATCH,
+        )
+
+    def tasks(self, subject: Subject) -> tuple[Evaluation, ...]:
+        """The tasks of `config.evaluation.tasks`.
+
+        Raises:
+          UserError: see `make_tasks`; a reward model, of which they ask what it cannot do.
+        """
+        terms = self.config.evaluation.tasks
+        if terms and REWARD in self.heads:
+            raise UserError("config.evaluation.tasks measure what a reward model does not do.")
+        return tuple(
+            Evaluation(task.term.known_as, functools.partial(_metrics_of, task))
+            for task in make_tasks(terms, subject)
+        )
+
     def trainer(
         self,
         phases: Sequence[Phase],
@@ -158,7 +202,19 @@ class Foundation:
         settings: Sequence[Setting],
         data_fingerprint: str,
     ) -> Trainer:
-        """The stage, wired; `settings` has one for each phase."""
+        """The stage, wired; `settings` has one for each phase.
+
+        Raises:
+          UserError: two evaluations of one name.
+        """
+        for setting in settings:
+            names = [evaluation.name for evaluation in setting.evaluations]
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(
+                        f"config.evaluation.tasks: there is an evaluation {name!r} already: give "
+                        "the task another label."
+                    )
         return Trainer(
             phases=tuple(phases),
             init_params=self.weights.init,
@@ -171,6 +227,10 @@ class Foundation:
             heads=self.heads,
             lineage=self.lineage,
         )
+
+
+def _metrics_of(task: Task, params: Any) -> dict[str, float]:
+    return task.run(params).metrics
 
 
 def chat_sample(ground: Foundation) -> Callable[[LanguageModel, Any], str] | None:

@@ -60,6 +60,9 @@ def build(
     config = foundation.config
     phases = foundation.phases(texts.weights)
 
+    def held_out() -> dict[str, TokenStore]:
+        return {name: splits["validation"] for name, splits in texts.stores.items()}
+
     def setting(phase: Phase) -> Setting:
         model_config = dataclasses.replace(foundation.model, rope=phase.rope)
         model = LanguageModel(model_config)
@@ -68,6 +71,7 @@ def build(
             evaluations=(
                 *_perplexities(foundation, texts, phases[0], phase, model),
                 *more_evaluations(phase, model),
+                *foundation.tasks(foundation.subject(model, phase.length, held_out)),
             ),
             sample=None if sample is None else functools.partial(sample, model),
             meta=foundation.meta(model_config, phase),

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from llm_jax.data.phases import Phase
 from llm_jax.data.prompts import Prompt, PromptData, PromptDataConfig
 from llm_jax.data.tokenizers import TokenizerConfig
 from llm_jax.errors import UserError
+from llm_jax.evals.generation import GenerationConfig, GenerationTask
+from llm_jax.evals.subject import Subject
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.size import flops_per_token
 from llm_jax.rl.rewards import RewardTerm, Scorer
-from llm_jax.rl.rollouts import RolloutConfig, sample_rollouts
+from llm_jax.rl.rollouts import RolloutConfig
 from llm_jax.rl.scoring import Policy
 from llm_jax.trainers.base import Evaluation, EvaluationConfig, RunConfig, Setting, Trainer
 from llm_jax.trainers.foundation import Foundation, chat_sample
-from llm_jax.trainers.rounds import OnPolicySource, Wiring, describe_scores
+from llm_jax.trainers.rounds import OnPolicySource, Wiring
 
 PROMPTS = "prompts"  # the one component of the mixture
 
@@ -78,10 +78,14 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
 
     def setting(phase: Phase) -> Setting:
         model = LanguageModel(dataclasses.replace(ground.model, rope=phase.rope))
+        subject = ground.subject(model, phase.length)
         sample = chat_sample(ground)
         return Setting(
             objective=wiring.objective(model, phase),
-            evaluations=(_evaluation(ground, wiring, model, phase, prompts.validation, scorer),),
+            evaluations=(
+                _evaluation(ground, wiring, subject, phase, prompts.validation, scorer),
+                *ground.tasks(subject),
+            ),
             sample=None if sample is None else functools.partial(sample, model),
             meta=ground.meta(model.config, phase),
             flops_per_token=flops_per_token(model.config, phase.length),
@@ -96,33 +100,35 @@ def build(ground: Foundation, wiring: Wiring, workdir: Path) -> Trainer:
 def _evaluation(
     ground: Foundation,
     wiring: Wiring,
-    model: LanguageModel,
+    subject: Subject,
     phase: Phase,
     prompts: Sequence[Prompt],
     scorer: Scorer,
 ) -> Evaluation:
     """Mean rewards of answers to held-out prompts."""
     config: Any = ground.config
-    chosen = prompts[: config.evaluation.rows]
-    rollout = dataclasses.replace(config.rollout, samples=1, temperature=1.0)
-    sampler = dataclasses.replace(rollout.sampler, temperature=config.evaluation.temperature)
-    measure = None if wiring.measure is None else wiring.measure(model, phase)
+    rollout = config.rollout
+    settings = GenerationConfig(
+        data=config.data,
+        rewards=config.rewards,
+        passes=None,
+        rows=config.evaluation.rows,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=config.evaluation.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        slots=rollout.slots,
+        seed=config.seed,
+    )
+    assert ground.template is not None
+    stop_ids = ground.template.stop_ids(ground.tokenizer)
+    task = GenerationTask(settings, subject, prompts, scorer, stop_ids)
+    measure = None if wiring.measure is None else wiring.measure(subject.model, phase)
 
     def run(params: Any) -> dict[str, float]:
-        assert ground.template is not None
-        rollouts = sample_rollouts(
-            model,
-            params,
-            ground.tokenizer,
-            chosen,
-            rollout,
-            stop_ids=ground.template.stop_ids(ground.tokenizer),
-            length=phase.length,
-            rng=jax.random.key(config.seed),
-            sampler=sampler,
-        )
+        rollouts = task.sample(params, phase.length)
         measured = {} if measure is None else measure(params, rollouts)
-        return {**describe_scores(scorer(rollouts.samples), rollouts), **measured}
+        return {**task.result(rollouts).metrics, **measured}
 
     return Evaluation("validation", run)
 

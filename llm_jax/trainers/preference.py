@@ -112,6 +112,7 @@ def build(
             batch = config.evaluation.batch or phase.batch
             evaluations = wiring.evaluations(model, objective, held_out, batch)
             facts.append(f"{len(held_out):,} held out")
+        evaluations += ground.tasks(ground.subject(model, phase.length))
         sample = wiring.sample
         return Setting(
             objective=objective,

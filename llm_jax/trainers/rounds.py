@@ -21,7 +21,7 @@ from llm_jax.models import LanguageModel
 from llm_jax.objectives.policy import policy_outputs
 from llm_jax.placement import to_host
 from llm_jax.rl.advantages import constant_groups
-from llm_jax.rl.rewards import Scorer, Scores
+from llm_jax.rl.rewards import Scorer, Scores, describe_scores
 from llm_jax.rl.rollouts import RolloutConfig, Rollouts, join_rollouts, sample_rollouts
 from llm_jax.rl.scoring import Sample
 from llm_jax.step import Objective
@@ -303,24 +303,6 @@ def masked(batch: Batch, values: np.ndarray, scores: np.ndarray) -> tuple[Batch,
     weights = np.where(known, batch.loss_weights, 0).astype(np.float32)
     counted = np.where(weights > 0, values, 0).astype(np.float32)
     return dataclasses.replace(batch, loss_weights=weights), counted
-
-
-def describe_scores(scores: Scores, rollouts: Rollouts) -> dict[str, float]:
-    """What to log of samples: rewards, lengths, how many ended by themselves."""
-    known = scores.plain[np.isfinite(scores.plain)]
-    parts = {f"rewards/{name}": _mean(values) for name, values in scores.parts.items()}
-    return {
-        "reward": _mean(scores.plain),
-        "reward_std": float(known.std()) if len(known) else 0.0,
-        **parts,
-        "completion_length": float(rollouts.lengths.mean()),
-        "finished": float(rollouts.finished.mean()),
-    }
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else 0.0
 
 
 def _jit_logprobs(

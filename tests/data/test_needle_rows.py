@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from llm_jax.data import mixture, needle
+from llm_jax.data import haystack, mixture, needle
 from llm_jax.data.needle import NeedleConfig, NeedleRows, needle_examples
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
@@ -40,7 +40,7 @@ def setting(request, tmp_path_factory):
     if request.param == "bytes":
         tokenizer = ByteTokenizer()
     elif request.param == "bpe":
-        texts = [TEXT, " ".join(needle.WORDS) + needle.BEFORE_NAME]
+        texts = [TEXT, " ".join(haystack.WORDS) + needle.BEFORE_NAME]
         tokenizer = make_tokenizer(TokenizerConfig(vocab_size=400), lambda: texts)
     else:
         sentencepiece = pytest.importorskip("sentencepiece")

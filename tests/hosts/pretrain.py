@@ -5,6 +5,7 @@ from llm_jax.config import defaults
 from llm_jax.data.corpus import ComponentConfig, DataConfig
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import TokenizerConfig
+from llm_jax.evals.task import TaskTerm
 from llm_jax.mesh import MeshConfig
 from llm_jax.metrics import MetricsConfig
 from llm_jax.models.config import ModelConfig
@@ -30,7 +31,9 @@ def get_config(folder):
         phases=(PhaseConfig(length=32, batch=8, steps=STEPS),),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         # 11 rows in batches of 8: the last batch has 3 rows, and 5 of padding.
-        evaluation=PretrainEvaluationConfig(every=4, rows=11),
+        evaluation=PretrainEvaluationConfig(
+            every=4, rows=11, tasks=(TaskTerm("perplexity", "documents", {"documents": 3}),)
+        ),
         checkpoint=CheckpointConfig(every=6),
         metrics=MetricsConfig(every=1, tensorboard=False),
         sample=SampleConfig(max_new_tokens=0),

@@ -115,7 +115,7 @@ def test_one_thing_looks_the_same_in_all_panels(workdir, figures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output=a.png"], "--workdir=RUN and --output=F.png are both needed"),
+        (["--output=a.png"], "either --workdir=RUN or --needle=F.json"),
         (["--workdir=nowhere", "--output=a.png"], "does not exist"),
         (["--workdir=RUN", "--output=a.png", "--keys=los"], "Did you mean 'loss'"),
         (["--workdir=RUN", "--output=a.pgn"], "Did you mean 'png'"),
