@@ -11,7 +11,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llm_jax*", "tools*"]),
-    package_data={"llm_jax.synthesis": ["constitution.toml"]},
+    package_data={
+        "llm_jax.synthesis": ["constitution.toml"],
+        "tools.report": ["templates/*"],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -24,6 +27,7 @@ setup(
         "rich>=14",
         "jinja2>=3.1.6",
         "numpy>=2.0",
+        "scipy>=1.13",
     ],
     extras_require={
         "test": [

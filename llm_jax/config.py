@@ -12,6 +12,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -106,6 +107,29 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: config}
     return {path: leaf for key, value in items for path, leaf in flatten(value, key).items()}
+
+
+ABSENT = "\0absent"  # a setting that a config does not have
+
+
+def used(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's resolved config as the run used it: the architecture is what its checkpoints' meta
+    says, and a stage that came from another has no tokenizer of its own."""
+    whole = {**config, **({"model": meta["model"]} if "model" in meta else {})}
+    return {k: v for k, v in whole.items() if k != "tokenizer" or not meta.get("lineage")}
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """The leaves that are not the same in all resolved configs, by dotted path: the value in each,
+    `ABSENT` where it has none."""
+    leaves = [flatten(dict(config)) for config in configs]
+    keys = dict.fromkeys(key for config in leaves for key in config)
+    found = {key: tuple(config.get(key, ABSENT) for config in leaves) for key in keys}
+    return {
+        key: values
+        for key, values in found.items()
+        if len({json.dumps(value) for value in values}) > 1
+    }
 
 
 def _hints(cls: Any) -> dict[str, Any]:

@@ -106,6 +106,22 @@ def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
     )
 
 
+def describe_hardware(mesh: Mesh) -> dict[str, str | int]:
+    """JSON-able: what the devices of a mesh are, and how many.
+
+    platform: "cpu", "gpu", "tpu". device: the kind, in the words of its maker; every CPU is a
+    "cpu". devices: over all processes. processes: of the job. jax: its version.
+    """
+    device = mesh.devices.flat[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "jax": jax.__version__,
+    }
+
+
 def require_host_memory(mesh: Mesh, setting: str) -> None:
     """Raises UserError where the devices cannot reach their host's memory, as `setting` wants."""
     device = mesh.devices.flat[0]

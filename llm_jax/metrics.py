@@ -1,9 +1,10 @@
-"""A run's record: metrics.jsonl, TensorBoard event files, the console.
+"""A run's record: metrics.jsonl, samples.jsonl, TensorBoard event files, the console.
 
 metrics.jsonl holds one flat JSON object a line, written together: `step` first, then keys in the
 field's own words (`loss`, `learning_rate`, `grad_norm`, `tokens`, `eval/NAME/loss`, ...). A value
 that was not measured is absent. A value that was measured and is not finite is null, because
 strict JSON has no NaN. Evaluations have lines of their own at the step they were made.
+samples.jsonl holds a line {"step", "text"} for each text that the model sampled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -55,6 +56,7 @@ class RunLog:
         self._writes = jax.process_index() == 0
         self._progress = Progress() if self._writes else None
         self._lines: JsonLines | None = None
+        self._samples: JsonLines | None = None
         self._events: EventFile | None = None
         self._means: dict[str, Mean] = {}
         self._phase, self._length, self._last_step = 1, 0, 0
@@ -74,6 +76,7 @@ class RunLog:
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._lines = JsonLines(self._workdir / "metrics.jsonl", step)
+        self._samples = JsonLines(self._workdir / "samples.jsonl", step)
         if self._config.tensorboard:
             self._events = EventFile(self._workdir, step)
             text = json.dumps(self._run_config, indent=2)
@@ -135,10 +138,12 @@ class RunLog:
         for text in _evaluations(values):
             self._progress.message(f"step {step}  {text}")
 
-    def text(self, name: str, text: str, step: int) -> None:
-        """Records a text, such as a sample of the model, in TensorBoard."""
+    def sample(self, step: int, text: str) -> None:
+        """Records a text that the model sampled at `step`."""
+        if self._samples is not None:
+            self._samples.write(step, {"text": text})
         if self._events is not None:
-            self._events.text(step, name, f"```\n{text}\n```")
+            self._events.text(step, "sample", f"```\n{text}\n```")
 
     def message(self, text: str) -> None:
         """Tells the person who watches."""
@@ -146,7 +151,7 @@ class RunLog:
             self._progress.message(text)
 
     def close(self) -> None:
-        for writer in (self._progress, self._lines, self._events):
+        for writer in (self._progress, self._lines, self._samples, self._events):
             if writer is not None:
                 writer.close()
 
@@ -181,14 +186,14 @@ def _evaluations(values: Mapping[str, float]) -> Iterator[str]:
         yield f"{name}: {', '.join(entries)}"
 
 
-# --- metrics.jsonl --------------------------------------------------------------------------------
+# --- metrics.jsonl and samples.jsonl --------------------------------------------------------------
 
 
 class JsonLines:
     """Appends flat objects to a file, from which lines later than `step` are dropped first.
 
-    A run that stopped while a phase was closing evaluates once more at `step`; what the file
-    already says about `step` is not written again.
+    The first of them makes the file. A run that stopped while a phase was closing evaluates once
+    more at `step`; what the file already says about `step` is not written again.
     """
 
     def __init__(self, path: Path, step: int):
@@ -199,18 +204,21 @@ class JsonLines:
             temporary = path.with_name(f".{path.name}.new")
             temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self._step = step
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path, self._step = path, step
+        self._file: TextIO | None = None
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        record = {"step": int(step), **{key: _json_number(v) for key, v in values.items()}}
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        record = {"step": int(step), **{key: _json_value(v) for key, v in values.items()}}
         if step == self._step and set(record) in self._there:
             return
+        if self._file is None:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics_file(path: str | Path) -> list[dict[str, float]]:
@@ -228,6 +236,18 @@ def read_metrics_file(path: str | Path) -> list[dict[str, float]]:
     ]
 
 
+def read_samples_file(path: str | Path) -> list[tuple[int, str]]:
+    """Step and text of each line of a samples.jsonl, in file order; empty where there is none.
+
+    Raises:
+      UserError: a malformed line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    return [(record["step"], str(record.get("text", ""))) for _, record in _read_lines(path)]
+
+
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -243,8 +263,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
-def _json_number(value: Any) -> int | float | None:
-    if isinstance(value, int):
+def _json_value(value: Any) -> int | float | str | None:
+    if isinstance(value, (int, str)):
         return value
     value = float(value)
     return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llm_jax import checkpoint
 from llm_jax.binding import binding
@@ -15,7 +16,7 @@ from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
 from llm_jax.distributed import ask_all, check_equal, wait_for_all
 from llm_jax.errors import UserError, did_you_mean, disk_errors
-from llm_jax.mesh import make_mesh
+from llm_jax.mesh import describe_hardware, make_mesh
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
 from llm_jax.recipe import RECIPE, run_recipe
@@ -66,7 +67,7 @@ def run(config: Any, workdir: str | Path) -> int:
         _check_shared(workdir)
         outcome = train(trainer, run_config, mesh, workdir, log)
         if jax.process_index() == 0:
-            _write_result(workdir, run_config, trainer, outcome)
+            _write_result(workdir, run_config, trainer, outcome, mesh)
         log.message(_farewell(workdir, trainer.heads, outcome))
     return 0 if outcome.signal is None else 128 + outcome.signal
 
@@ -121,7 +122,9 @@ def _check_shared(workdir: Path) -> None:
         )
 
 
-def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: Outcome) -> None:
+def _write_result(
+    workdir: Path, config: RunConfig, trainer: Trainer, outcome: Outcome, mesh: Mesh
+) -> None:
     measured = {
         "tokens_per_second": outcome.tokens_per_second,
         "mfu": outcome.mfu,
@@ -135,6 +138,7 @@ def _write_result(workdir: Path, config: RunConfig, trainer: Trainer, outcome: O
         "tokens": outcome.tokens,
         "seconds": round(outcome.seconds, 3),
         **{key: value for key, value in measured.items() if value is not None},
+        "hardware": describe_hardware(mesh),
         "metrics": outcome.metrics,
         "parent": config.init_from_hf or config.init_from,
         "lineage": list(trainer.lineage),

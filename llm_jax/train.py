@@ -302,7 +302,7 @@ class _Loop:
     def _save(self, setting: Setting) -> None:
         if setting.sample is not None:
             self.sample = setting.sample(self._product())
-            self.log.text("sample", self.sample, self.step)
+            self.log.sample(self.step, self.sample)
         cursor = {
             "clock": dataclasses.asdict(self.clock),
             "source": self.trainer.source.state(),

@@ -10,7 +10,16 @@ from typing import Literal
 import ml_collections
 import pytest
 
-from llm_jax.config import build, defaults, digest, flatten, parse_argument, resolved
+from llm_jax.config import (
+    ABSENT,
+    build,
+    defaults,
+    differences,
+    digest,
+    flatten,
+    parse_argument,
+    resolved,
+)
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.main import parse
 from llm_jax.models.config import check_length
@@ -214,3 +223,14 @@ def test_every_size_of_pretraining_builds_and_fits_its_positions(size):
     built = build_stage(load(ROOT / "configs" / "pretrain.py", f"size={size}"))
     for phase in built.phases:
         check_length(built.model, phase.length)
+
+
+def test_differences_are_the_leaves_that_are_not_the_same_everywhere():
+    first = {"seed": 0, "phases": [{"length": 4}], "model": {"moe": None, "heads": 2}}
+    second = {"seed": 0, "phases": [{"length": 8}], "model": {"moe": {"experts": 4}, "heads": 2}}
+    assert differences([first, second]) == {
+        "phases[0].length": (4, 8),
+        "model.moe": (None, ABSENT),
+        "model.moe.experts": (ABSENT, 4),
+    }
+    assert differences([first, first]) == {}

@@ -18,6 +18,7 @@ from llm_jax.metrics import (
     MetricsConfig,
     RunLog,
     read_metrics_file,
+    read_samples_file,
 )
 from llm_jax.types import Mean
 
@@ -191,14 +192,30 @@ def test_text_is_recorded_and_evaluations_are_shown(tmp_path, capsys):
         values = {"loss": 3.25, "loss_stderr": 0.125, "tokens": 64, "loss_by_position/64": 3.0}
         log.write(5, {f"eval/short/{key}": value for key, value in values.items()})
         log.write(5, {"gate/open": 0.0})
-        log.text("sample", "# not a heading", 5)
+        log.sample(5, "# not a heading")
         log.message("[bold] is no markup")
     assert capsys.readouterr().out.splitlines() == [
         "step 5  short: loss 3.25 ± 0.12, tokens 64",
         "[bold] is no markup",
     ]
     assert texts_of(read_events(tmp_path), "sample") == [(5, "```\n# not a heading\n```")]
+    assert read_samples_file(tmp_path / "samples.jsonl") == [(5, "# not a heading")]
     assert len(read_metrics_file(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_resumed_run_samples_each_step_once(tmp_path):
+    with RunLog(tmp_path, MetricsConfig(tensorboard=False), {}) as log:
+        log.resume(0)
+        log.sample(2, "two\nlines, ünïcode")
+        log.sample(4, "four")
+        log.sample(6, "lost")
+    with RunLog(tmp_path, MetricsConfig(tensorboard=False), {}) as log:
+        log.resume(4)
+        log.sample(4, "four again")
+        log.sample(6, "six")
+    read = read_samples_file(tmp_path / "samples.jsonl")
+    assert read == [(2, "two\nlines, ünïcode"), (4, "four"), (6, "six")]
+    assert read_samples_file(tmp_path / "elsewhere.jsonl") == []
 
 
 def test_only_the_first_process_writes(tmp_path, capsys):
@@ -209,7 +226,7 @@ def test_only_the_first_process_writes(tmp_path, capsys):
     log.accumulate({"loss": mean(10.0, 4)})
     assert log.write_step(1, {"tokens": 4}) == {"loss": 2.5, "tokens": 4}
     log.write(1, {"eval/short/loss": 1.0})
-    log.text("sample", "text", 1)
+    log.sample(1, "text")
     log.message("hello")
     log.close()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -82,8 +83,8 @@ def test_the_run_directory_is_complete(main_job):
     workdir, _ = main_job
     names = {re.sub(r"tfevents.*", "tfevents", p.name) for p in workdir.iterdir()}
     assert names == {
-        "config.json", "tokenizer", "checkpoints", "metrics.jsonl", "events.out.tfevents",
-        "result.json",
+        "config.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl",
+        "events.out.tfevents", "result.json",
     }  # fmt: skip
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert steps == [24, 26]
@@ -100,6 +101,9 @@ def test_the_run_directory_is_complete(main_job):
     assert result["stage"] == "pretrain" and result["parent"] is None
     assert result["seconds"] > 0 and result["tokens_per_second"] > 0
     assert result["skipped_steps"] == 0 and "mfu" not in result
+    assert result["hardware"] == {
+        "platform": "cpu", "device": "cpu", "devices": 1, "processes": 1, "jax": jax.__version__
+    }  # fmt: skip
     assert set(result["hashes"]) == {"config", "data", "tokenizer"}
     assert result["hashes"]["tokenizer"] == tokenizer.fingerprint
     for key in ("loss", "grad_norm", "learning_rate", "epoch", "eval/validation/perplexity"):

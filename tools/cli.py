@@ -14,10 +14,11 @@ from llm_jax.errors import UserError, did_you_mean
 
 
 def run_tool(
-    main: Callable[[flags.FlagValues], int | None],
+    main: Callable[..., int | None],
     values: flags.FlagValues,
     usage: str,
     argv: Sequence[str] | None = None,
+    takes_arguments: bool = False,
 ) -> int:
     """Parses the command line into `values`, calls `main(values)` and returns the exit status.
 
@@ -28,6 +29,8 @@ def run_tool(
       values: the tool's flags, not parsed yet; --debug is added here.
       usage: the tool's docstring, printed by --help above the flags.
       argv: the program's name and its arguments; None = those of the process.
+      takes_arguments: whether `main` takes, after `values`, a list of the arguments that are no
+        flags, such as names of runs.
 
     Returns:
       That of `main`, or 2 for bad input, which is told in one line on stderr; --debug raises it
@@ -43,8 +46,8 @@ def run_tool(
         print(f"{usage}\n{_describe(values)}")
         return 0
     try:
-        _parse(values, argv)
-        return main(values) or 0
+        arguments = _parse(values, argv, takes_arguments)
+        return main(values, *([arguments] if takes_arguments else [])) or 0
     except UserError as error:
         if given & {"debug", "debug=true"}:
             raise
@@ -100,10 +103,13 @@ def _describe(values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+def _parse(values: flags.FlagValues, argv: Sequence[str], takes_arguments: bool) -> list[str]:
+    """Fills the flags; what is left over."""
+    values.set_gnu_getopt(takes_arguments)  # flags may follow other arguments
     try:
-        rest = values(list(argv))
+        rest = values(list(argv))[1:]
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --name=value.")
+    if rest and not takes_arguments:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value.")
+    return rest

@@ -85,9 +85,9 @@ def main(values: flags.FlagValues) -> None:
     folders = [Path(workdir) for workdir in values.workdir]
     distinct = len({folder.name for folder in folders}) == len(folders)
     names = {folder: folder.name if distinct else str(folder) for folder in folders}
-    groups = _by_config(folders) if values.mean else [[folder] for folder in folders]
+    groups = by_config(folders) if values.mean else [[folder] for folder in folders]
     runs = {
-        _group_name([names[folder] for folder in group]): [
+        group_name([names[folder] for folder in group]): [
             read_metrics_file(folder / "metrics.jsonl") for folder in group
         ]
         for group in groups
@@ -175,7 +175,7 @@ def tidy(panel: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _by_config(folders: Sequence[Path]) -> list[list[Path]]:
+def by_config(folders: Sequence[Path]) -> list[list[Path]]:
     """The runs that differ in nothing but the seed of their configs, together."""
     groups: dict[str, list[Path]] = {}
     for folder in folders:
@@ -188,7 +188,7 @@ def _by_config(folders: Sequence[Path]) -> list[list[Path]]:
     return list(groups.values())
 
 
-def _group_name(names: Sequence[str]) -> str:
+def group_name(names: Sequence[str]) -> str:
     """grpo_0, grpo_1 and grpo_2 → grpo_{0,1,2}."""
     if len(names) == 1:
         return names[0]

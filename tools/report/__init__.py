@@ -1,0 +1,1 @@
+"""The report of a chain of stages, a sweep or a single run, as one page."""
