@@ -107,7 +107,8 @@ class Attention(nn.Module):
                 q_BKGTH, k_BKTH, row.query_segment_ids, scale=config.attention_scale,
                 window=self.window, soft_cap=config.attention_soft_cap,
             )  # fmt: skip
-            self.sow(INTERMEDIATES, "entropy", entropy_BKGT.reshape(-1, K * G, entropy_BKGT.shape[-1]))
+            entropy_BNT = entropy_BKGT.reshape(entropy_BKGT.shape[0], K * G, -1)
+            self.sow(INTERMEDIATES, "entropy", entropy_BNT)
         settings: dict[str, Any] = {
             "backend": backend,
             "scale": config.attention_scale,
