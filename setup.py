@@ -11,7 +11,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llm_jax*", "tools*"]),
-    package_data={"llm_jax.synthesis": ["constitution.toml"]},
+    package_data={
+        "llm_jax.synthesis": ["constitution.toml"],
+        "tools.show": ["loss.html.jinja"],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llm_jax.data.tokenizers import Tokenizer
 
-TRAINED, SPECIAL = "green", "bold"
+SPECIAL = "bold"
 # An escape sequence in an example must not command the terminal, nor turn the direction of what
 # follows; signs are shown instead.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
@@ -39,19 +39,20 @@ def print_tokens(
     tokens: Sequence[int],
     trained: Sequence[bool],
     tokenizer: Tokenizer,
-    style: str = "",
+    trained_style: str = "green",
+    other_style: str = "",
 ) -> None:
-    """Prints tokens as text: specials bold, trained ones in colour, or in ⟦⟧ without colours.
-
-    Args:
-      style: of tokens in addition, such as "on blue".
-    """
+    """Prints tokens as text: specials bold, trained ones in a style, or in ⟦⟧ without colours."""
     runs = _runs(tokens, trained, tokenizer)
-    if is_coloured(console):
-        styles = ((run, [TRAINED] * run.trained + [SPECIAL] * run.special) for run in runs)
-        console.print(Text.assemble(*((r.text, " ".join([*s, style]).strip()) for r, s in styles)))
-    else:
+    if not is_coloured(console):
         print(_marked(runs))
+        return
+    styles = (trained_style if run.trained else other_style for run in runs)
+    parts = (
+        (run.text, f"{style} {SPECIAL if run.special else ''}".strip())
+        for run, style in zip(runs, styles, strict=True)
+    )
+    console.print(Text.assemble(*parts))
 
 
 @dataclasses.dataclass(frozen=True)
