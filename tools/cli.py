@@ -1,12 +1,15 @@
-"""What every tool's command line has in common: --help, --debug, and one line for bad input."""
+"""What every tool's command line has in common: --help, --debug, one line for bad input, and none
+for a reader of the output that has gone."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import flags
 
@@ -43,7 +46,8 @@ def run_tool(
         return 0
     try:
         _parse(values, argv)
-        main(values)
+        with _quiet_pipe():
+            main(values)
     except UserError as error:
         if given & {"debug", "debug=true"}:
             raise
@@ -84,6 +88,17 @@ def run_command(
         rest = [a for a in rest if a not in overrides]
         main = functools.partial(main, overrides=overrides)
     return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """Ends the block without a word when the reader of stdout has gone, as `| head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(values: flags.FlagValues) -> str:

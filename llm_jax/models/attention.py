@@ -192,7 +192,7 @@ def attention_entropy(
 def _einsum(q, k, v, segments, query_places_BT, scale, window, soft_cap, dropout, dropout_rng):
     """The explicit form, and the reference for the other backends."""
     blocks = list(_blocks(q, k, segments, query_places_BT, window))
-    rngs = [None] * len(blocks)
+    rngs: Any = [None] * len(blocks)
     if dropout_rng is not None:
         rngs = jax.random.split(dropout_rng, len(blocks))
     outputs = [

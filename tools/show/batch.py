@@ -240,7 +240,7 @@ def _places(sequence: ShownSequence, tokenizer: Tokenizer) -> list[str]:
     def shown(token: int) -> str:
         return f"{token} {tokenizer.decode([token], skip_special=False)!r}"
 
-    def known(name: str, place: int) -> str:
+    def known(name: str, place: Any) -> str:
         value = sequence.more[name][place]
         return shown(value) if np.issubdtype(type(value), np.integer) else f"{value:.3f}"
 
