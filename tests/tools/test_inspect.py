@@ -59,17 +59,8 @@ def test_norms_are_those_of_the_arrays(save_run, tmp_path, tool, random_params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(random_params(3))
     }
     embedding = row(lines, "embedding")
-    assert embedding[:9] == [
-        "embedding",
-        "float32",
-        "320",
-        "x",
-        "16",
-        "vocab,",
-        "embed",
-        "tensor,",
-        "fsdp+context",
-    ]
+    shown = "embedding float32 320 x 16 vocab, embed tensor, fsdp+context"
+    assert " ".join(embedding[:9]) == shown
     values = leaves["embedding"].astype(np.float64)
     norms = [values.size, np.sqrt(np.sum(values**2)), np.sqrt(np.mean(values**2))]
     assert [float(x.replace(",", "")) for x in embedding[9:12]] == pytest.approx(norms, rel=1e-3)
@@ -137,16 +128,15 @@ def test_quantised_kernels_count_as_what_they_stand_for():
     kernel = jax.random.normal(jax.random.key(0), (32, 8))
     held = quantize({"mlp": {"down": {"kernel": kernel}}}, "int8")
     found = measure(held)["mlp"]["down"]["kernel"]
-    assert found.count == 256 and found.l2 == pytest.approx(jnp.linalg.norm(kernel), rel=1e-2)
+    assert found.count == 256 and found.l2 == pytest.approx(
+        float(jnp.linalg.norm(kernel)), rel=1e-2
+    )
 
 
 def test_the_record_of_a_finished_run(finished, tool):
     status, lines, error = tool(finished, "--verify", "--depth=1")
     assert (status, error) == (0, "")
-    assert lines[:2] == [
-        "checkpoints",
-        f"  2  {size(finished, 2)} MB  complete, every array was read",
-    ]
+    assert lines[1] == f"  2  {size(finished, 2)} MB  complete, every array was read"
     text = "\n".join(lines)
     assert f"{finished}@2" in text and "pretrain, finished after 2 steps, 512 tokens" in text
     assert "1 of 1: length 32, batch 8, 2 steps, RoPE base 20000" in text
@@ -196,7 +186,7 @@ def test_damage_is_found_and_told(finished, tmp_path, tool):
     assert "not finished: no result.json" in "\n".join(lines)
     shutil.rmtree(checkpoints / "3" / "meta")
     status, lines, error = tool(run)
-    assert status == 2 and lines[3].endswith("damaged: meta missing")
+    assert status == 2 and lines[4].endswith("damaged: meta missing")
     assert error.count("\n") == 1 and "checkpoints/3/meta cannot be read" in error
 
 
