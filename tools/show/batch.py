@@ -55,22 +55,35 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     from llm_jax.main import parse
 
     config, _ = parse(["tools.show", f"--config={values.config}", *overrides])
-    trainer, phase, batch = make_batch(config, values.step)
-    rows = sequences_of(batch)
-    if values.row is not None and not 0 <= values.row < len(rows):
-        raise UserError(f"--row={values.row}: the batch has the rows 0 to {len(rows) - 1}.")
+    show(config, values.step, values.rows, values.row)
+
+
+def show(config: Any, step: int = 0, rows: int = 3, row: int | None = None) -> None:
+    """Prints the first `rows` rows of the batch of a step as text, or one row place by place.
+
+    Args:
+      config: of a stage, an ml_collections ConfigDict.
+      step: from 0 on. row: the one to show, from 0 on.
+
+    Raises:
+      UserError: see `make_batch`; no such row.
+    """
+    trainer, phase, batch = make_batch(config, step)
+    found = sequences_of(batch)
+    if row is not None and not 0 <= row < len(found):
+        raise UserError(f"--row={row}: the batch has the rows 0 to {len(found) - 1}.")
     print(
-        f"batch of step {values.step}, in phase {phase.index + 1} of {len(trainer.phases)}: "
-        f"{len(rows)} rows of length {phase.length}"
+        f"batch of step {step}, in phase {phase.index + 1} of {len(trainer.phases)}: "
+        f"{len(found)} rows of length {phase.length}"
     )
-    print(f"together: {_count([s.batch for row in rows for s in row])}")
+    print(f"together: {_count([s.batch for sequences in found for s in sequences])}")
     if any(earlier.gate is not None for earlier in trainer.phases[: phase.index]):
         print("as planned: where the gate of an earlier phase holds, this phase begins later")
     console = make_console()
-    numbers = range(min(values.rows, len(rows))) if values.row is None else [values.row]
-    for number, sequence in ((n, s) for n in numbers for s in rows[n]):
+    numbers = range(min(rows, len(found))) if row is None else [row]
+    for number, sequence in ((n, s) for n in numbers for s in found[n]):
         print(f"\nrow {number}{sequence.title}: {_count([sequence.batch])}")
-        if values.row is None:
+        if row is None:
             _print_text(console, sequence, trainer.tokenizer)
         else:
             print("\n".join(_places(sequence, trainer.tokenizer)))
