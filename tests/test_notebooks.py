@@ -7,8 +7,10 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
+from llm_jax import mesh, run, runs
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.models.config import ModelConfig
 from tools.convert.__main__ import main as convert
@@ -32,14 +34,19 @@ def code_cells(name):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """`execute(name, **parameters)`: runs a notebook's cells in a folder of their own; returns the
-    names that they defined."""
+    """`execute(name, devices, **parameters)`: runs a notebook's cells in a folder of their own, on
+    so many of the devices; returns the names that they defined."""
     work = tmp_path / "work"
     work.mkdir()
     os.symlink(ROOT / "configs", work / "configs")
     monkeypatch.chdir(work)
 
-    def run(name, **parameters):
+    def execute(name, devices=1, **parameters):
+        def make_mesh(config):
+            return mesh.make_mesh(config, jax.devices()[:devices])
+
+        for module in (run, runs):
+            monkeypatch.setattr(module, "make_mesh", make_mesh)
         names = {}
         for source, tags in code_cells(name):
             if tags & LEFT_OUT:
@@ -50,7 +57,7 @@ def execute(tmp_path, monkeypatch):
                 names |= parameters
         return names
 
-    return run
+    return execute
 
 
 def is_picture(path):
@@ -93,8 +100,8 @@ def chats(tmp_path):
 
 def test_fine_tuning_a_published_model(published, chats, execute):
     names = execute(
-        "finetune_published.ipynb", MODEL=str(published), DATA=str(chats), LENGTH=64, BATCH=8,
-        STEPS=2, DTYPE="float32",
+        "finetune_published.ipynb", devices=8, MODEL=str(published), DATA=str(chats), LENGTH=64,
+        BATCH=8, STEPS=2, DTYPE="float32",
     )  # fmt: skip
     assert names["status"] == 0
     assert Path("export/model/model.safetensors").exists()
@@ -147,10 +154,13 @@ def test_grpo(corpus, execute, capsys):
 
 @pytest.mark.slow
 def test_inference_and_the_needle_map(corpus, tiny_config, run_on, tmp_path, execute, capsys):
-    run = tmp_path / "run"
-    assert run_on(1, tiny_config(phases=(PhaseConfig(length=64, batch=8, steps=2),)), run) == 0
+    workdir = tmp_path / "run"
+    config = tiny_config(phases=(PhaseConfig(length=64, batch=8, steps=2),))
+    assert run_on(1, config, workdir) == 0
+    (tmp_path / "text.txt").write_text("A text that is longer than the run's rows. " * 3)
     names = execute(
-        "inference_and_needle.ipynb", RUN=str(run), TEXT=str(corpus), FILE=str(corpus),
+        "inference_and_needle.ipynb", RUN=str(workdir), TEXT=str(corpus),
+        FILE=str(tmp_path / "text.txt"),
         LENGTHS=(64, 96, 256), DEPTHS=(0.0, 1.0), PER_CELL=2,
     )  # fmt: skip
     assert names["accuracy"].shape == (2, 2)  # 256 is past the positions of the model
