@@ -90,17 +90,6 @@ def run_command(
     return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
 
 
-@contextlib.contextmanager
-def _quiet_pipe() -> Iterator[None]:
-    """Ends the block without a word when the reader of stdout has gone, as `| head` does."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _describe(values: flags.FlagValues) -> str:
     lines = []
     for name in sorted(values):
@@ -117,3 +106,14 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags look like --name=value.")
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """Ends the block without a word when the reader of stdout has gone, as `| head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
