@@ -14,6 +14,7 @@ setup(
     package_data={
         "llm_jax.synthesis": ["constitution.toml"],
         "tools.report": ["templates/*"],
+        "tools.show": ["loss.html.jinja"],
     },
     install_requires=[
         "jax>=0.10",

@@ -29,6 +29,7 @@ from llm_jax.errors import UserError
 from llm_jax.types import TrainState
 
 FOLDER = "checkpoints"
+ITEMS = ("params", "train", "data", "meta")
 DAMAGED = ".damaged"
 UNREAD = ocp.PLACEHOLDER  # in place of a shape: this array is there and is not to be read
 
@@ -56,9 +57,7 @@ class Checkpointer:
         policies: list[Any] = [preservation_policy.LatestN(config.keep_latest)]
         if config.keep_every:
             policies.append(preservation_policy.EveryNSteps(config.keep_every))
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO
-        # Of a damaged checkpoint's many files one error is raised; asyncio would print the others.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        _hush()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -233,6 +232,41 @@ def read_params(run: str | Path, step: int, abstract: Any) -> Any:
         ) from error
 
 
+def find_damage(run: str | Path, step: int) -> str | None:
+    """Reads every item of one checkpoint that is there; says why one cannot be read, or None."""
+    _hush()
+    for item in ITEMS:
+        folder = _step_folder(run, step) / item
+        if not folder.exists():
+            continue
+        try:
+            if item in ("data", "meta"):
+                with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                    checkpointer.restore(folder, args=ocp.args.JsonRestore())
+            else:
+                _read_one_by_one(folder)
+        except Exception as error:  # as in `Checkpointer.restore`
+            return f"{item} cannot be read ({_first_line(error)})"
+    return None
+
+
+def _read_one_by_one(folder: Path) -> None:
+    """Reads every array of an item, as numpy: the devices that wrote it need not be here."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        leaves, structure = jax.tree.flatten(checkpointer.metadata(folder).item_metadata.tree)
+        for place in range(len(leaves)):
+            wanted: list[Any] = [UNREAD] * len(leaves)
+            wanted[place] = np.zeros(leaves[place].shape, leaves[place].dtype)
+            arguments = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves)
+            checkpointer.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    jax.tree.unflatten(structure, wanted),
+                    restore_args=jax.tree.unflatten(structure, arguments),
+                ),
+            )
+
+
 def write_weights(run: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:
     """Writes a checkpoint that holds no more than what a later stage reads; none can resume it."""
     with ocp.CheckpointManager(Path(run).absolute() / FOLDER) as manager:
@@ -326,6 +360,12 @@ def write_streamed(run: str | Path, step: int, params: Any, meta: dict[str, Any]
                 params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta)
             ),
         )
+
+
+def _hush() -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO
+    # Of a damaged checkpoint's many files one error is raised; asyncio would print the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _step_folder(run: str | Path, step: int) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Collection, Sequence
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -79,6 +81,23 @@ class Progress:
         """Leaves the last progress line in place and gives the terminal back."""
         if self._live is not None:
             self._live.stop()
+
+
+def align(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Rows of cells as lines whose columns stand under one another; those of `right` end together.
+
+    Widths are those of a terminal, in which a Chinese character takes two places.
+    """
+    columns = zip(*rows, strict=True)
+    widths = [max(map(cell_len, column)) for column in columns]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            g + c if i in right else c + g for i, (c, g) in enumerate(zip(row, gaps, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def short_number(value: float) -> str:

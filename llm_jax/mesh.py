@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -120,6 +120,25 @@ def describe_hardware(mesh: Mesh) -> dict[str, str | int]:
         "processes": jax.process_count(),
         "jax": jax.__version__,
     }
+
+
+def parse_mesh(text: str, flag: str) -> MeshConfig:
+    """The mesh that "fsdp=64,tensor=4" names; the axes that it leaves out have size 1.
+
+    Raises:
+      UserError: another text; the message begins with `flag`.
+    """
+    names = [field.name for field in dataclasses.fields(MeshConfig) if field.name in MESH_AXES]
+    sizes: dict[str, Any] = dict.fromkeys(names, 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in names or not size.isdigit():
+            raise UserError(
+                f"{flag}: {part!r} is not understood: give AXIS=SIZE with an axis of "
+                f"{', '.join(names)}."
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
 
 
 def require_host_memory(mesh: Mesh, setting: str) -> None:

@@ -15,14 +15,14 @@ from llm_jax.binding import binding
 from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
 from llm_jax.distributed import ask_all, check_equal, wait_for_all
-from llm_jax.errors import UserError, did_you_mean, disk_errors
+from llm_jax.errors import UserError, disk_errors
 from llm_jax.mesh import describe_hardware, make_mesh
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
 from llm_jax.recipe import RECIPE, run_recipe
 from llm_jax.runs import write_json
 from llm_jax.train import Outcome, train
-from llm_jax.trainers import TRAINERS
+from llm_jax.trainers import find_stage
 from llm_jax.trainers.base import RunConfig, Trainer
 
 DISK_MEND = (
@@ -41,12 +41,7 @@ def run(config: Any, workdir: str | Path) -> int:
     """
     if config.get("trainer", "") == RECIPE:
         return run_recipe(config, Path(workdir), run)
-    stage = TRAINERS.get(config.get("trainer", ""))
-    if stage is None:
-        name = config.get("trainer", None)
-        raise UserError(
-            f"config.trainer={name!r} is no trainer.{did_you_mean(str(name), [*TRAINERS, RECIPE])}"
-        )
+    stage = find_stage(config, [RECIPE])
     run_config = build(stage.config, config)
     workdir = Path(workdir)
     if _finished(workdir, run_config):

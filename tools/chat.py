@@ -30,7 +30,6 @@ from tools.sampling import (
     define_speaker_flags,
     load_speaker,
     make_sampler,
-    quiet_pipe,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def main(values: flags.FlagValues) -> None:
     template = speaker.chat_template
     partner = Partner(speaker, template, sampler, _answer_tokens(speaker, values), values.seed)
     note(f"{speaker.name}; /help lists the commands")
-    with jax.set_mesh(speaker.mesh), quiet_pipe():
+    with jax.set_mesh(speaker.mesh):
         Chat(partner, values.system).talk(_lines())
 
 

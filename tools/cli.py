@@ -1,12 +1,15 @@
-"""What every tool's command line has in common: --help, --debug, and one line for bad input."""
+"""What every tool's command line has in common: --help, --debug, one line for bad input, and none
+for a reader of the output that has gone."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import flags
 
@@ -47,7 +50,9 @@ def run_tool(
         return 0
     try:
         arguments = _parse(values, argv, takes_arguments)
-        return main(values, *([arguments] if takes_arguments else [])) or 0
+        with _quiet_pipe():
+            return main(values, *([arguments] if takes_arguments else [])) or 0
+        return 0  # nobody reads on
     except UserError as error:
         if given & {"debug", "debug=true"}:
             raise
@@ -113,3 +118,14 @@ def _parse(values: flags.FlagValues, argv: Sequence[str], takes_arguments: bool)
     if rest and not takes_arguments:
         raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value.")
     return rest
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """Ends the block without a word when the reader of stdout has gone, as `| head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,6 @@ from tools.sampling import (
     define_speaker_flags,
     load_speaker,
     make_sampler,
-    quiet_pipe,
 )
 
 
@@ -65,7 +64,7 @@ def main(values: flags.FlagValues) -> None:
         "echo": not values.chat,
     }
     writer = (speaker.model, speaker.params, speaker.tokenizer)
-    with jax.set_mesh(speaker.mesh), quiet_pipe():
+    with jax.set_mesh(speaker.mesh):
         if values.num_samples == 1:
             for piece in stream(*writer, prompt, **settings):
                 print(piece, end="", flush=True)

@@ -1,13 +1,9 @@
-"""What the tools that generate have in common: flags, the models that speak, a closed pipe."""
+"""What the tools that generate have in common: flags, the models that speak."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -198,14 +194,3 @@ def run_template(run: LoadedRun) -> ChatTemplate:
             "configs/sft.py, or continue a text with tools.generate."
         )
     return template
-
-
-@contextlib.contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """Ends the block without a word when the reader of stdout has gone, as `| head` does."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

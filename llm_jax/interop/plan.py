@@ -12,6 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from llm_jax import sharding
+from llm_jax.console import align
 from llm_jax.mesh import MeshConfig, make_abstract_mesh
 from llm_jax.models import ModelConfig
 from llm_jax.weights import init_weights
@@ -80,14 +81,6 @@ class Plan:
             )
             for p in self.parameters
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, (0, 1, 0, 0, 1), strict=True)
-            ).rstrip()
-            for row in rows
-        ]
         axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         where = f"{self.chips} chips ({axes})" if axes else "one chip"
         totals = {
@@ -95,7 +88,7 @@ class Plan:
             "a bfloat16 copy": self.bfloat16_bytes,
         }
         return "\n".join([
-            *lines,
+            *align(rows, right=(1, 4)),
             "",
             f"{self.values:,} parameters on {where}; each holds",
             *(f"  {size / 2**30:8.2f} GiB of {what}" for what, size in totals.items()),

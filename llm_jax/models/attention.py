@@ -12,6 +12,7 @@ query has at least its own key, hence no row of the softmax is empty and nothing
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -163,17 +164,53 @@ def attention_mask(
     return mask_BTS
 
 
-def _einsum(q, k, v, segments, query_places_BT, scale, window, soft_cap, dropout, dropout_rng):
-    """The explicit form, and the reference for the other backends.
+def attention_entropy(
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """−Σ p log p of each query's attention weights, float32 [batch, kv_heads, group, time] in nats.
 
-    Queries go in blocks, each with only the keys that it can see.
+    It is 0 where all weight is on one key, and log n where the n keys that the query sees share it
+    evenly. The arguments are those of `attention`, with as many keys as queries.
     """
+    entropies = []
+    for queries, keys, mask_BTS in _blocks(q_BKGTH, k_BKSH, (segment_ids_BT,) * 2, None, window):
+        q, k = q_BKGTH[:, :, :, queries], k_BKSH[:, :, keys]
+        shifted_BKGTS = _shifted_scores(q, k, mask_BTS, scale, soft_cap)
+        weights_BKGTS = jnp.exp(shifted_BKGTS)
+        total_BKGT = jnp.sum(weights_BKGTS, axis=-1)
+        mean_BKGT = jnp.sum(weights_BKGTS * shifted_BKGTS, axis=-1) / total_BKGT
+        entropies.append(jnp.log(total_BKGT) - mean_BKGT)
+    return jnp.concatenate(entropies, axis=3)
+
+
+def _einsum(q, k, v, segments, query_places_BT, scale, window, soft_cap, dropout, dropout_rng):
+    """The explicit form, and the reference for the other backends."""
+    blocks = list(_blocks(q, k, segments, query_places_BT, window))
+    rngs: Any = [None] * len(blocks)
+    if dropout_rng is not None:
+        rngs = jax.random.split(dropout_rng, len(blocks))
+    outputs = [
+        _attend(
+            q[:, :, :, queries], k[:, :, keys], v[:, :, keys], mask_BTS, scale, soft_cap, dropout,
+            rng,
+        )
+        for (queries, keys, mask_BTS), rng in zip(blocks, rngs, strict=True)
+    ]  # fmt: skip
+    return outputs[0] if len(blocks) == 1 else jnp.concatenate(outputs, axis=3)
+
+
+def _blocks(q, k, segments, query_places_BT, window) -> Iterator[tuple[slice, slice, jax.Array]]:
+    """Queries in blocks, each with only the keys that it can see, and the mask between the two."""
     time = q.shape[3]
     blocks = 1 if query_places_BT is not None else _query_blocks(time)
     if query_places_BT is None:
         query_places_BT = jnp.arange(time)[None]
-    rngs = [None] * blocks if dropout_rng is None else jax.random.split(dropout_rng, blocks)
-    outputs = []
     for block in range(blocks):
         begin, end = block * time // blocks, (block + 1) * time // blocks
         first = 0 if window is None else max(0, begin - window + 1)
@@ -185,13 +222,7 @@ def _einsum(q, k, v, segments, query_places_BT, scale, window, soft_cap, dropout
             None if segments[1] is None else segments[1][:, first:last],
             window,
         )
-        outputs.append(
-            _attend(
-                q[:, :, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask_BTS,
-                scale, soft_cap, dropout, rngs[block],
-            )
-        )  # fmt: skip
-    return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=3)
+        yield slice(begin, end), slice(first, last), mask_BTS
 
 
 def _query_blocks(time: int) -> int:
@@ -199,8 +230,9 @@ def _query_blocks(time: int) -> int:
     return max(1, min(4, time // 128))
 
 
-def _attend(q, k, v, mask_BTS, scale, soft_cap, dropout, dropout_rng):
-    """Softmax attention over keys of which a mask says who sees them."""
+def _shifted_scores(q, k, mask_BTS, scale, soft_cap):
+    """Scores of the keys that a mask lets each query see, less the highest of them, which keeps
+    their exponentials finite."""
     batch, kv_heads, group, time, head_dim = q.shape
     q_BKNH = (q * scale).reshape(batch, kv_heads, group * time, head_dim)
     scores_BKNS = batched_product(q_BKNH, k, True)
@@ -208,15 +240,20 @@ def _attend(q, k, v, mask_BTS, scale, soft_cap, dropout, dropout_rng):
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
-    highest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
-    weights_BKGTS = jnp.exp(scores_BKGTS - highest_BKGT1)
+    return scores_BKGTS - jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+
+
+def _attend(q, k, v, mask_BTS, scale, soft_cap, dropout, dropout_rng):
+    """Softmax attention over keys of which a mask says who sees them."""
+    weights_BKGTS = jnp.exp(_shifted_scores(q, k, mask_BTS, scale, soft_cap))
     total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
     if dropout and dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout, weights_BKGTS.shape)
         weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
     # Dividing the sum of values, not the weights: head_dim numbers a query instead of one for each
     # key, forward and backward.
-    weights_BKNS = weights_BKGTS.astype(v.dtype).reshape(scores_BKNS.shape)
+    batch, kv_heads, group, time, keys = weights_BKGTS.shape
+    weights_BKNS = weights_BKGTS.astype(v.dtype).reshape(batch, kv_heads, group * time, keys)
     out_BKGTH = batched_product(weights_BKNS, v).reshape(q.shape)
     return (out_BKGTH / total_BKGT1).astype(q.dtype)
 

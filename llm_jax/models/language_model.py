@@ -14,7 +14,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.context import check_context, context_ways, lay_out, to_natural
 from llm_jax.models.moe import Routing
 from llm_jax.models.product import product, turned
-from llm_jax.models.transformer import Transformer
+from llm_jax.models.transformer import INTERMEDIATES, Transformer
 
 
 class LanguageModel:
@@ -99,6 +99,33 @@ class LanguageModel:
         )
         hidden, cache, routing = result
         return (to_natural(hidden, ways) if ways > 1 else hidden), cache, routing
+
+    def attention_entropy(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """The entropy of every query's attention weights, float32 [layers, batch, heads, time] in
+        nats; see `attention.attention_entropy`. The arguments are those of `apply`.
+
+        Raises:
+          ValueError: a mesh with stages or a context axis, where no device sees whole rows.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.shape["stage"] * mesh.shape["context"] > 1:
+            raise ValueError("attention entropy is not computed over stages or a context axis")
+        _, collected = self._module.apply(
+            {"params": params}, tokens, positions, segment_ids, None, mutable=[INTERMEDIATES]
+        )
+        config, found = self.config, collected[INTERMEDIATES]
+        if not config.scan_layers:
+            layers = [found[f"layer_{i}"] for i in range(config.num_layers)]
+            return jnp.stack([layer["attention"]["entropy"][0] for layer in layers])
+        places = [found["layers"][f"block_{i}"] for i in range(len(config.windows))]
+        by_place = jnp.stack([place["attention"]["entropy"][0] for place in places], axis=1)
+        return by_place.reshape(config.num_layers, *by_place.shape[2:])
 
     def output_kernel(self, params: Any) -> jax.Array:
         """The output projection, float32 [embed, vocab], as gradients over many chunks add up."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models.attention import attention
+from llm_jax.models.attention import attention, attention_entropy
 from llm_jax.models.cache import KVCache, LayerCache, write
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.context import context_ways, zigzag
@@ -34,6 +34,9 @@ RESIDUAL_AXES = ("activation_batch", "activation_residual_time", "activation_emb
 BRANCH_AXES = ("activation_batch", "activation_time", "activation_embed")
 ROWS_AXES = ("activation_rows", "activation_residual_time", "activation_embed")
 HEADS_AXES = ("activation_batch", "activation_heads")
+
+# flax's collection of what is looked at: it is there only where `apply` is told to collect it.
+INTERMEDIATES = "intermediates"
 
 
 @flax.struct.dataclass
@@ -99,6 +102,13 @@ class Attention(nn.Module):
             backend = "einsum"
             places_BT = row.lengths[:, None] + jnp.arange(x_BTD.shape[1])
         drop = config.attention_dropout > 0 and self.has_rng("dropout")
+        if self.is_mutable_collection(INTERMEDIATES):
+            entropy_BKGT = attention_entropy(
+                q_BKGTH, k_BKTH, row.query_segment_ids, scale=config.attention_scale,
+                window=self.window, soft_cap=config.attention_soft_cap,
+            )  # fmt: skip
+            entropy_BNT = entropy_BKGT.reshape(entropy_BKGT.shape[0], K * G, -1)
+            self.sow(INTERMEDIATES, "entropy", entropy_BNT)
         settings: dict[str, Any] = {
             "backend": backend,
             "scale": config.attention_scale,
@@ -254,7 +264,7 @@ class Transformer(nn.Module):
         elif config.scan_layers:
             x_BTD, (caches, routings) = nn.scan(
                 Group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, INTERMEDIATES: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=config.num_layers // len(config.windows),

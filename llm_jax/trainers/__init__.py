@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from llm_jax.errors import UserError, did_you_mean
 from llm_jax.trainers import (
     distill,
     dpo,
@@ -41,4 +43,23 @@ TRAINERS: dict[str, Stage] = {
     "on_policy_distill": Stage(on_policy_distill.OnPolicyDistillConfig, on_policy_distill.build),
 }
 
-__all__ = ["TRAINERS", "Stage"]
+
+def find_stage(config: Any, others: Sequence[str] = ()) -> Stage:
+    """The stage that `config.trainer` names.
+
+    Args:
+      config: an ml_collections ConfigDict.
+      others: further names to suggest.
+
+    Raises:
+      UserError: there is no such stage.
+    """
+    name = config.get("trainer", None)
+    if name not in TRAINERS:
+        raise UserError(
+            f"config.trainer={name!r} is no trainer.{did_you_mean(str(name), [*TRAINERS, *others])}"
+        )
+    return TRAINERS[name]
+
+
+__all__ = ["TRAINERS", "Stage", "find_stage"]

@@ -15,7 +15,6 @@ from absl import flags
 from llm_jax.errors import UserError, did_you_mean
 
 if typing.TYPE_CHECKING:
-    from llm_jax.mesh import MeshConfig
     from llm_jax.models import ModelConfig
 
 
@@ -34,8 +33,9 @@ def define_flags() -> flags.FlagValues:
 
 def main(values: flags.FlagValues) -> None:
     from llm_jax.interop.plan import plan
+    from llm_jax.mesh import parse_mesh
 
-    print(plan(_model(values), _mesh(values.mesh)).table())
+    print(plan(_model(values), parse_mesh(values.mesh, "--mesh")).table())
 
 
 def _model(values: flags.FlagValues) -> ModelConfig:
@@ -59,19 +59,3 @@ def _preset(name: str) -> ModelConfig:
     if PRESETS[name].vocab_size is None:
         raise UserError(f"--preset={name} has no vocabulary of its own: name another.")
     return PRESETS[name]
-
-
-def _mesh(text: str) -> MeshConfig:
-    from llm_jax.mesh import MESH_AXES, MeshConfig
-
-    names = [field.name for field in dataclasses.fields(MeshConfig) if field.name in MESH_AXES]
-    sizes: dict[str, typing.Any] = dict.fromkeys(names, 1)
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in names or not size.isdigit():
-            raise UserError(
-                f"--mesh: {part!r} is not understood: give AXIS=SIZE with an axis of "
-                f"{', '.join(names)}."
-            )
-        sizes[name] = int(size)
-    return MeshConfig(**sizes)

@@ -6,8 +6,7 @@ import pytest
 
 from llm_jax.data.tokenizer_json import train_bpe
 from llm_jax.errors import UserError
-from tools.cli import run_tool
-from tools.show import define_flags, main
+from tools.show.__main__ import main as show
 
 TURNS = [
     {"role": "user", "content": "Größe?"},
@@ -37,7 +36,7 @@ def tool(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
     def call(*arguments):
-        status = run_tool(main, define_flags(), "", ["show", *arguments])
+        status = show(["show", "template", *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -156,7 +155,7 @@ def test_debug_shows_the_traceback(tool):
 
 
 def test_the_command_line_ends_with_the_status(chats):
-    command = [sys.executable, "-m", "tools.show", f"--data={chats}", "--rows=0"]
+    command = [sys.executable, "-m", "tools.show", "template", f"--data={chats}", "--rows=0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --rows=0 must be at least 1.\n"
@@ -165,7 +164,7 @@ def test_the_command_line_ends_with_the_status(chats):
 def test_nothing_waits_for_jax(chats):
     code = f"""
 import runpy, sys
-sys.argv = ["show", "--data={chats}"]
+sys.argv = ["show", "template", "--data={chats}"]
 try:
     runpy.run_module("tools.show", run_name="__main__")
 finally:

@@ -1,0 +1,1 @@
+"""Looks at what a run is: its record, its checkpoints and its parameters."""

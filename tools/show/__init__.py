@@ -1,0 +1,1 @@
+"""Looks at data and at models: python -m tools.show."""
