@@ -80,10 +80,15 @@ def run_command(
     command = importlib.import_module(commands[name])
     main = command.main
     if takes_overrides:
-        overrides = [a for a in rest if a.lstrip("-").startswith(("config.", "config["))]
-        rest = [a for a in rest if a not in overrides]
+        rest, overrides = split_overrides(rest)
         main = functools.partial(main, overrides=overrides)
     return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those such as --config.a.b=1, and those."""
+    overrides = [a for a in arguments if a.lstrip("-").startswith(("config.", "config["))]
+    return [a for a in arguments if a not in overrides], overrides
 
 
 def _describe(values: flags.FlagValues) -> str:
