@@ -4,9 +4,8 @@
         [--widths=64,128,256,512 --steps=4 --config.optimizer.name=muon ...]
 
 The config's model is made at several widths (more heads of the same size, a wider MLP) and trained
-for a few steps on one batch of random tokens, without muP and with it, with the
-narrowest as base. After each step every layer's outputs are compared with those before the
-first. With muP their mean
+for a few steps on one batch of random tokens, without muP and with it; the narrowest is the base.
+After each step every layer's outputs are compared with those before the first. With muP their mean
 absolute change is the same at all widths; without it, at one learning rate, it grows with them, so
 that wide models want a lower one (arXiv:2203.03466, appendix D.1). Printed are slopes of log change
 over log width: 0 where the width does not matter. With muP those of logits are down to -0.5 after

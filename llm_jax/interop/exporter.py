@@ -42,8 +42,8 @@ def export_run(
 ) -> None:
     """Writes config.json, safetensors, tokenizer files and generation_config.json.
 
-    Adapters and muP's factors are folded in, a quantised base is dequantised. A reward model becomes
-    a classifier of one label.
+    Adapters and muP's factors are folded in, a quantised base is dequantised. A reward model
+    becomes a classifier of one label.
 
     Args:
       folder: new or empty.
