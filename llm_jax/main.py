@@ -131,6 +131,12 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
     values = _define_flags(argv)
     try:
         rest = values(list(argv))
+    except AttributeError as error:
+        if error.name != "get_config":
+            raise
+        raise UserError(
+            f"{name} has no get_config: name a config, or, for a sweep file, run tools.sweep."
+        ) from error
     except (flags.Error, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         # An error in a config file comes with its whole traceback in the text.

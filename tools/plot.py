@@ -28,8 +28,9 @@ from tools.cli import run_tool
 
 Records = list[dict[str, float]]
 
-COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c6770")
-GREY = COLORS[-1]
+GREY = "#5c6770"
+COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", GREY, "#3aa6c9", "#9c5a2c",
+          "#e58ab5", "#8db600", "#12304a", "#b7a6d6")  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v")
 TRAINING = "training"
 LEGEND_CHARACTERS = 95  # that fit beside one another

@@ -1,4 +1,10 @@
-"""Learning rate × depth of the tiny pre-training config: nine points."""
+"""Learning rate × depth of the tiny model: nine points of 240 steps.
+
+    python -m tools.sweep --config=configs/sweeps/lr.py --workdir=runs/lr
+    python -m tools.sweep --config=configs/sweeps/lr.py --workdir=runs/lr --config.seed=1 ...
+
+PLACEHOLDER
+"""
 
 from llm_jax.sweep import Sweep, param, product
 

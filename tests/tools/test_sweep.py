@@ -4,26 +4,19 @@ import csv
 import fcntl
 import json
 import os
-import shlex
 import signal
-import string
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
-from llm_jax.sweep import Sweep, param, product, zip
 from tools.sweep import __main__ as tool
 from tools.sweep import running
-from tools.sweep.outcome import Outcome, group_seeds, read_outcome
-from tools.sweep.plots import Axis, draw_metric, find_axes
+from tools.sweep.outcome import read_outcome
 from tools.sweep.points import Point
-from tools.sweep.table import markdown
 
 ROOT = Path(__file__).parents[2]
 TINY = "configs/pretrain.py:size=tiny"
@@ -96,7 +89,7 @@ def points_of(workdir):
 def test_points_run_a_failed_one_harms_none_and_the_best_is_told(tmp_path, capsys):
     assert sweep(tmp_path, *grid("1.0,2.5,99.0,4.0"), "--parallel=2") == 1
     said = capsys.readouterr().out
-    assert "2/4 learning_rate=2.5 finished after 0:01, eval/validation/loss 0.25" in said
+    assert "2/4 learning_rate=2.5 finished at step 10 after 0:01, eval/validation/loss 0.25" in said
     reason = "exit status 1: error: the rate is too high"
     assert f"3/4 learning_rate=99.0 failed ({reason}) after 0:00" in said
     table = (tmp_path / "sweep.md").read_text()
@@ -292,142 +285,10 @@ def test_a_recipe_is_swept_by_the_keys_of_its_stages(tmp_path, capsys):
     assert "Did you mean config.dpo.loss.beta?" in capsys.readouterr().err
 
 
-# --- tables and plots -----------------------------------------------------------------------------
-
-
-def outcome(loss, status="finished", **overrides):
-    overrides = {key.replace("__", "."): value for key, value in overrides.items()}
-    point = Point(str(overrides), overrides, (), "")
-    return Outcome(point, status, 10, 60.0, {} if loss is None else {"loss": loss})
-
-
-def test_seeds_become_a_mean_with_its_standard_error():
-    values = [1.0, 2.0, 6.0]
-    outcomes = [outcome(v, seed=i, model__num_layers=2) for i, v in enumerate(values)]
-    outcomes += [outcome(5.0, seed=0, model__num_layers=4)]
-    outcomes += [outcome(None, "failed", seed=1, model__num_layers=4)]
-    two, four = group_seeds(outcomes, "loss", "lowest")
-    assert two.mean == 3.0 and two.error == pytest.approx(np.std(values, ddof=1) / 3**0.5)
-    assert (four.mean, four.error, four.best, two.best) == (5.0, None, False, True)
-    assert [g.best for g in group_seeds(outcomes, "loss", "highest")] == [False, True]
-    swept = product(param("model.num_layers", [2, 4]), param("seed", [0, 1, 2]))
-    table = markdown(Sweep("c", swept, "loss"), outcomes, "lowest")
-    assert "| 2 | 3 | finished | 10, 10, 10 | 3:00 | 3.0000 ± 1.5275 best |" in table
-    assert "| 4 | 1 | 1 finished, 1 failed | 10, 10 | 2:00 | 5.0000 |" in table
-
-
-def test_a_loss_that_is_not_finite_is_never_the_best():
-    outcomes = [outcome(float("nan"), a=1), outcome(3.0, a=2), outcome(1.0, "stopped", a=3)]
-    assert [g.best for g in group_seeds(outcomes, "loss", "lowest")] == [False, True, False]
-    assert "| 1 | finished | 10 | 1:00 | none |" in markdown(
-        Sweep("c", param("a", [1, 2, 3]), "loss"), outcomes, "lowest"
-    )
-
-
 def test_an_unknown_metric_is_told_with_a_suggestion(tmp_path, capsys):
     flags = ["--metric=eval/validation/los", "--direction=lowest"]
     assert sweep(tmp_path, *grid("1.0"), *flags) == 0
     assert "Did you mean 'eval/validation/loss'?" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("values, logarithmic", [
-    ((1e-3, 3e-3, 1e-2), True), ((2, 4, 8), True), ((1, 2, 3), False), ((1, 2), False),
-    ((0, 1, 10), False), (("a", "b", "c"), False),
-])  # fmt: skip
-def test_geometric_values_have_a_logarithmic_axis(values, logarithmic):
-    assert Axis(("a",), values).logarithmic is logarithmic
-
-
-def test_keys_that_change_together_are_one_axis():
-    width = zip(param("model.embed_dim", [64, 32]), param("model.num_heads", [2, 1]))
-    space = product(width, param("optimizer.name", ["muon", "adamw"]), param("seed", [0, 1]))
-    assert find_axes(space) == [
-        Axis(("model.embed_dim", "model.num_heads"), (32, 64)),
-        Axis(("optimizer.name",), ("muon", "adamw")),
-    ]
-
-
-def test_the_picture_has_a_panel_for_each_key_and_a_line_for_each_other_value(
-    tmp_path, monkeypatch
-):
-    drawn = []
-    monkeypatch.setattr("tools.plot.save_figure", lambda figure, output: drawn.append(figure))
-    rates, layers = [1e-3, 1e-2, 1e-1], [1, 2]
-    space = product(param("optimizer.learning_rate", rates), param("model.num_layers", layers))
-    outcomes = [outcome(float(i), **point) for i, point in enumerate(space)]
-    draw_metric(Sweep("c", space, "loss"), outcomes, "lowest", tmp_path / "a.png")
-    rate, depth = drawn[0].axes
-    assert (rate.get_xscale(), depth.get_xscale()) == ("log", "linear")
-    assert rate.get_xlabel() == "optimizer.learning_rate"
-    texts = [text.get_text() for text in rate.get_legend().get_texts()]
-    assert texts == ["num_layers 1", "num_layers 2"]
-    first, second = (container.lines[0] for container in rate.containers)
-    np.testing.assert_array_equal(first.get_xydata(), [[1e-3, 0], [1e-2, 2], [1e-1, 4]])
-    np.testing.assert_array_equal(second.get_xydata(), [[1e-3, 1], [1e-2, 3], [1e-1, 5]])
-    assert len(depth.containers) == 3
-
-
-# --- jobs -----------------------------------------------------------------------------------------
-
-JOBS = ["--grid", "optimizer.learning_rate=1.0,2.0", "--config.sample.prompt=What's a $HOME?"]
-
-
-def flags_of(rate, workdir):
-    return [
-        f"--config={TINY}",
-        "--config.sample.prompt=What's a $HOME?",
-        f"--config.optimizer.learning_rate={rate}",
-        f"--workdir={workdir}/learning_rate={rate}",
-    ]
-
-
-def test_a_shell_script_has_a_line_for_each_point(tmp_path, capsys):
-    workdir = tmp_path / "my sweep"
-    assert sweep(workdir, *JOBS, "--emit=shell") == 0
-    path = Path(capsys.readouterr().out.strip())
-    assert not list(workdir.glob("learning_rate*"))  # nothing has run
-    done = subprocess.run(
-        [path], env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True
-    )
-    said = [f"-m llm_jax.main {' '.join(flags_of(rate, workdir))}" for rate in ("1.0", "2.0")]
-    assert done.stdout.splitlines() == said
-    last = path.read_text().splitlines()[-1]
-    assert shlex.split(last)[3:] == flags_of("2.0", workdir)
-
-
-def test_a_slurm_array_has_a_task_for_each_point(tmp_path, capsys):
-    workdir = tmp_path / "sweep"
-    assert sweep(workdir, *JOBS, "--emit=slurm") == 0
-    path = Path(capsys.readouterr().out.strip())
-    text = path.read_text()
-    assert "#SBATCH --array=0-1\n" in text and text.count("--output=") == 1
-    assert "#SBATCH --signal=TERM@120" in text and "#SBATCH --gpus-per-node=8" in text
-    (tmp_path / "srun").write_text(
-        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
-    )
-    (tmp_path / "srun").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-
-    def task(number):
-        variables = {**environment, "SLURM_ARRAY_TASK_ID": str(number)}
-        return subprocess.run(["bash", path], env=variables, capture_output=True, text=True)
-
-    *flags, folder = flags_of("2.0", workdir)
-    said = json.loads(task(1).stdout)
-    assert said == ["--kill-on-bad-exit=1", "python3", "-m", "llm_jax.main", folder, *flags]
-    assert task(2).returncode == 2
-
-
-def test_jobsets_have_a_document_for_each_point(tmp_path, capsys):
-    assert sweep(tmp_path / "w", *JOBS, "--emit=jobset") == 0
-    text = Path(capsys.readouterr().out.strip()).read_text()
-    exports = [line.split("export ")[1] for line in text.splitlines() if "export " in line]
-    variables = dict(word.split("=", 1) for line in exports for word in line.split())
-    filled = string.Template(text).substitute(variables)
-    first, second = yaml.safe_load_all(filled)
-    assert [job["metadata"]["name"] for job in (first, second)] == ["sweep-0", "sweep-1"]
-    pod = second["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["args"] == flags_of("2.0", "/runs/sweep")
 
 
 # --- real runs ------------------------------------------------------------------------------------

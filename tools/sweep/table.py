@@ -41,6 +41,7 @@ class Display:
                 console=Console(highlight=False),
                 get_renderable=self._table,
                 refresh_per_second=1 / REDRAW_SECONDS,
+                transient=True,  # the table in Markdown follows
             )
 
     def __enter__(self) -> Display:
@@ -62,7 +63,8 @@ class Display:
         found = "" if value is None else f", {self._sweep.metric} {value:.4g}"
         reason = f" ({outcome.reason})" if outcome.reason else ""
         took = clock_time(outcome.seconds)
-        self._say(outcome, f" {outcome.status}{reason} after {took}{found}")
+        step = "" if outcome.step is None else f" at step {outcome.step}"
+        self._say(outcome, f" {outcome.status}{reason}{step} after {took}{found}")
 
     def going_on(self) -> None:
         pass
@@ -111,7 +113,7 @@ def markdown(sweep: Sweep, outcomes: Sequence[Outcome], direction: Direction) ->
     lines += [_row(columns), _row(["---"] * len(columns))]
     lines += [_row(cell) for cell, _ in rows]
     failed = [outcome for outcome in outcomes if outcome.status == FAILED]
-    lines += ["", *(f"- {o.point.name} failed: {o.reason}" for o in failed)]
+    lines += ["", *(f"- {o.point.name} failed: {o.reason}" for o in failed)] if failed else []
     best = next((group for _, group in rows if group.best), None)
     if best is not None:
         lines += ["", f"Best: {best.outcomes[0].point.name}"]
