@@ -17,7 +17,12 @@ def get_sweep(argument=None):
         param("model.num_heads", [width // HEAD_DIM for width in WIDTHS]),
         param("model.mlp_dim", [width * 11 // 4 for width in WIDTHS]),
     )
-    shared = {"phases[0].steps": 150, "phases[1].steps": 20, "sample.max_new_tokens": 0}
+    shared = {
+        "tokenizer.path": "bytes",
+        "phases[0].steps": 250,
+        "phases[1].steps": 20,
+        "sample.max_new_tokens": 0,
+    }
     if values["mup"] == "on":
         shared["model.mup_base_width"] = WIDTHS[0]
     return Sweep(

@@ -163,7 +163,7 @@ def test_points_stop_when_the_sweep_is_killed(tmp_path):
     assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
 
 
-def test_a_point_that_another_process_is_at_is_waited_for(tmp_path):
+def test_a_point_that_another_process_is_at_is_waited_for(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     log = open(tmp_path / "logs" / "learning_rate=1.0.log", "ab")  # noqa: SIM115
     fcntl.flock(log, fcntl.LOCK_EX)
@@ -178,6 +178,8 @@ def test_a_point_that_another_process_is_at_is_waited_for(tmp_path):
     threading.Thread(target=release).start()
     assert sweep(tmp_path, *grid("1.0,2.0")) == 0
     assert released == [False]
+    said = capsys.readouterr().out
+    assert said.count("1/2 learning_rate=1.0 waits: another process is at it") == 1
 
 
 def test_a_second_signal_kills(tmp_path, monkeypatch):
@@ -247,6 +249,17 @@ def test_bad_input_is_one_line_and_nothing_runs(tmp_path, capsys, arguments, mes
     assert sweep(workdir, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not workdir.exists()
+
+
+def test_the_devices_are_left_to_the_points(tmp_path):
+    code = (
+        "from jax._src import xla_bridge; from tools.sweep.__main__ import run\n"
+        f"run(['sweep', '--config=configs/sweeps/lr.py', '--workdir={tmp_path}', '--emit=table'])\n"
+        "print(xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "| 0.032 | 4 | waiting |" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_folders_and_files_of_other_kinds_are_refused(tmp_path, capsys):

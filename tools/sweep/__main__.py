@@ -27,11 +27,16 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from llm_jax.errors import UserError, did_you_mean
 from tools.cli import run_tool, split_overrides
+
+if TYPE_CHECKING:
+    from llm_jax.sweep import Direction, Sweep
+    from tools.sweep.outcome import Outcome
 
 EMITS = ("shell", "slurm", "jobset", "table")
 
@@ -57,9 +62,10 @@ def define_flags() -> flags.FlagValues:
 def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     if not values.config or not values.workdir:
         raise UserError("--config=FILE and --workdir=FOLDER are both needed.")
+    # None of these makes JAX look for devices: they are the points'.
     from llm_jax.sweep import find_direction
     from tools.sweep.emitting import emit
-    from tools.sweep.outcome import read_outcome
+    from tools.sweep.outcome import FAILED, FINISHED, read_outcome
     from tools.sweep.points import check_folders, read_sweep, resolve
     from tools.sweep.running import run_points
     from tools.sweep.table import Display, write_record
@@ -77,7 +83,7 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
         return
     stopped = None
     if values.emit is None:
-        done = sum(outcome.status == "finished" for outcome in outcomes)
+        done = sum(outcome.status == FINISHED for outcome in outcomes)
         print(f"{len(points)} points, {done} of them finished already; logs in {workdir}/logs")
         workdir.mkdir(parents=True, exist_ok=True)
         write_record(sweep, outcomes, workdir, direction)
@@ -87,11 +93,11 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     if stopped is not None:
         print("stopped: the same command goes on.", file=sys.stderr)
         sys.exit(128 + stopped)
-    if any(outcome.status == "failed" for outcome in outcomes):
+    if any(outcome.status == FAILED for outcome in outcomes):
         sys.exit(1)
 
 
-def _report(sweep, outcomes, workdir: Path, direction) -> None:
+def _report(sweep: Sweep, outcomes: Sequence[Outcome], workdir: Path, direction: Direction) -> None:
     """Writes tables and plots, and prints the table."""
     from tools.sweep.plots import draw_curves, draw_metric
     from tools.sweep.table import markdown, write_tables

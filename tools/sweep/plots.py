@@ -125,6 +125,7 @@ def _label(axes: Sequence[Axis], group: Group) -> str:
 
 
 def _place(axis: Axis, group: Group) -> float:
+    """Where a group stands on an axis; before all others if it leaves that key alone."""
     value = group.overrides.get(axis.keys[0])
     if value is None:
         return -1.0

@@ -32,10 +32,11 @@ POLL_SECONDS = 0.2
 
 
 class Watcher(Protocol):
+    """Told of each point when it has to wait for another's process, starts, and has ended."""
+
+    def held(self, outcome: Outcome) -> None: ...
     def started(self, outcome: Outcome) -> None: ...
     def ended(self, outcome: Outcome) -> None: ...
-    def going_on(self) -> None:
-        """Called several times a second."""
 
 
 @dataclasses.dataclass
@@ -74,7 +75,6 @@ def run_points(
                     sent += 1
                 time.sleep(POLL_SECONDS)
                 going = [each for each in going if not _ended(each, workdir, watcher)]
-                watcher.going_on()
         finally:  # an error of our own
             for each in going:
                 each.process.terminate()
@@ -106,6 +106,9 @@ def _start(
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not outcome.reason:
+                    outcome.reason = "another process is at it"
+                    watcher.held(outcome)
                 continue
             waiting.remove(outcome)
             # What another process has done in the meantime.
@@ -118,7 +121,7 @@ def _start(
                 start_new_session=True,  # Ctrl-C reaches us alone
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        outcome.status = RUNNING
+        outcome.status, outcome.reason = RUNNING, ""
         going.append(_Process(outcome, process, time.monotonic(), now.seconds))
         watcher.started(outcome)
 

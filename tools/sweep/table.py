@@ -53,6 +53,9 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
+    def held(self, outcome: Outcome) -> None:
+        self._say(outcome, f" waits: {outcome.reason}")
+
     def started(self, outcome: Outcome) -> None:
         resumes = "" if outcome.step is None else f" resumes from step {outcome.step} or before"
         self._say(outcome, resumes or " starts")
@@ -65,9 +68,6 @@ class Display:
         took = clock_time(outcome.seconds)
         step = "" if outcome.step is None else f" at step {outcome.step}"
         self._say(outcome, f" {outcome.status}{reason}{step} after {took}{found}")
-
-    def going_on(self) -> None:
-        pass
 
     def _say(self, outcome: Outcome, text: str) -> None:
         if self._live is None:
