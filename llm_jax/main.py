@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
       UserError: a flag, config file, key or value that does not exist or does not fit.
     """
     name = _config_argument(argv)
-    _check_file(name)
+    check_file(name)
     overrides = [a for a in argv[1:] if a.lstrip("-").startswith(("config.", "config["))]
     base = _read_flags([argv[0], f"--config={name}"])["config"].value
     _check_keys(overrides, config_module.flatten(config_module.resolved(base)))
@@ -131,6 +131,12 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
     values = _define_flags(argv)
     try:
         rest = values(list(argv))
+    except AttributeError as error:
+        if error.name != "get_config":
+            raise
+        raise UserError(
+            f"{name} has no get_config: name a config, or, for a sweep file, run tools.sweep."
+        ) from error
     except (flags.Error, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         # An error in a config file comes with its whole traceback in the text.
@@ -148,7 +154,7 @@ def _config_argument(argv: Sequence[str]) -> str:
     raise UserError("--config is required, for example --config=configs/pretrain.py.")
 
 
-def _check_file(config_argument: str) -> None:
+def check_file(config_argument: str) -> None:
     path = Path(config_argument.partition(":")[0])
     if path.is_file():
         return

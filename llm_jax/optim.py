@@ -2,7 +2,7 @@
 
     guard (skip non-finite and spiking steps)
       └ average (optional EMA of the parameters)
-          └ clip → precondition → add decayed weights → × −learning_rate
+          └ clip → precondition → scale by width (muP) → add decayed weights → × −learning_rate
             (whose state, the moments, may live in the host's memory)
 
 The learning rate is an argument of `update`, never part of the state, so that a run may change its
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from llm_jax import mup
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.moments import keep_second_moment_in_bfloat16
 
@@ -99,7 +100,9 @@ class OptimizerConfig:
             )
 
 
-def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, params: Any, width_multiplier: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
     """The whole optimiser.
 
     `init(params)` is pure and may be jitted. `update(gradients, state, params, learning_rate=x)`
@@ -110,11 +113,17 @@ def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
     Args:
       config: the settings.
       params: the parameters, or their shapes (`jax.ShapeDtypeStruct`); only names and ranks count.
+      width_multiplier: that of the model, see `mup`.
+
+    Raises:
+      UserError: muP has no rule for the optimiser.
     """
     pieces: list[optax.GradientTransformation] = []
     if config.clip_norm is not None:
         pieces.append(optax.clip_by_global_norm(config.clip_norm))
     pieces.append(_precondition(config, params))
+    if width_multiplier != 1:
+        pieces.append(mup.scale_by_width(config, params, width_multiplier))
     if config.weight_decay:
         pieces.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)))
     pieces.append(scale_by_negative_learning_rate())

@@ -23,7 +23,7 @@ from llm_jax.yardstick import Measurements, YardstickConfig
 
 RECIPE = "recipe"  # what `config.trainer` says
 BEST = "best"  # what stands for the best stage so far
-_STAGES = "stages"  # the order in which they run
+STAGES = "stages"  # the order in which they run
 _YARDSTICK = "yardstick"
 
 # What the report shows of each stage's evaluations, where it is measured.
@@ -54,7 +54,7 @@ def recipe(
     name; "{best}" is the folder of the one, of those so far, whose answers have the highest mean
     reward.
     """
-    config = ml_collections.ConfigDict({"trainer": RECIPE, _STAGES: tuple(stages), **stages})
+    config = ml_collections.ConfigDict({"trainer": RECIPE, STAGES: tuple(stages), **stages})
     if yardstick is not None:
         config[_YARDSTICK] = defaults(YardstickConfig, **vars(yardstick))
     return config
@@ -78,7 +78,7 @@ def run_recipe(config: Any, workdir: Path, run: Callable[[Any, Path], int]) -> i
     Raises:
       UserError: a stage that cannot run, or that was made from another version of the one before.
     """
-    names = tuple(config[_STAGES])
+    names = tuple(config[STAGES])
     _check_names(config, names)
     yardstick = config.get(_YARDSTICK)
     measured, waiting = Measurements(workdir / "yardstick.jsonl"), list[str]()

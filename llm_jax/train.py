@@ -83,7 +83,9 @@ class _Loop:
     def _restore_or_init(self) -> TrainState:
         boxed = jax.eval_shape(self.trainer.init_params, jax.random.key(0))
         param_shardings = sharding.parameter_shardings(self.mesh, boxed)
-        self.optimizer = optim.make_optimizer(self.config.optimizer, sharding.unbox(boxed))
+        self.optimizer = optim.make_optimizer(
+            self.config.optimizer, sharding.unbox(boxed), self.trainer.width_multiplier
+        )
 
         def init_params(rng: jax.Array) -> Any:
             return sharding.unbox(self.trainer.init_params(rng))

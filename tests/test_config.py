@@ -25,9 +25,11 @@ from llm_jax.main import parse
 from llm_jax.models.config import check_length
 from llm_jax.models.presets import PRESETS
 from llm_jax.trainers import TRAINERS
+from tools.sweep.points import read_sweep, resolve
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path not in SWEEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,15 @@ def test_every_config_opens_with_its_command_and_builds(path):
     config = load(path)
     stages = [config[name] for name in config.stages] if "stages" in config else [config]
     assert all(build_stage(stage).phases for stage in stages)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_opens_with_its_command_and_its_points_build(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name = str(path.relative_to(ROOT))
+    assert f"python -m tools.sweep --config={name}" in path.read_text().split('"""')[1]
+    points = resolve(read_sweep(name, [], []))
+    assert len({point.hash for point in points}) == len(points) > 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

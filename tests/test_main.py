@@ -113,6 +113,16 @@ def test_a_mistyped_key_is_answered_without_jax_arrays():
     assert done.stderr.startswith("error: config file 'configs/pretain.py' does not exist.")
 
 
+def test_a_sweep_file_is_no_config():
+    command = [sys.executable, "-m", "llm_jax.main", "--config=configs/sweeps/lr.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: configs/sweeps/lr.py has no get_config: name a config, or, for a sweep file, run "
+        "tools.sweep.\n"
+    )
+
+
 @pytest.mark.parametrize("module", ["llm_jax", "llm_jax.run"])
 def test_importing_brings_neither_tensorflow_nor_torch(module):
     code = f"import sys, {module}; print([m for m in ('tensorflow', 'torch') if m in sys.modules])"

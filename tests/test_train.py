@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from llm_jax import config as config_module
-from llm_jax import schedules, sharding
+from llm_jax import optim, schedules, sharding
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data.corpus import ComponentConfig, DataConfig
 from llm_jax.data.offline import OfflineSource
@@ -336,6 +336,21 @@ def train_points(config, workdir, evaluations=(), bad_steps=()):
     trainer = point_trainer(config, mesh, source, evaluations)
     with jax.set_mesh(mesh), RunLog(workdir, config.metrics, {}) as log:
         return train(trainer, config, mesh, workdir, log), source
+
+
+def test_learning_rates_are_scaled_by_the_width_of_the_model(tmp_path):
+    config = point_config((PhaseConfig(length=1, batch=2, steps=3),))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    trainer = dataclasses.replace(
+        point_trainer(config, mesh, PointSource(mesh)), width_multiplier=4.0
+    )
+    with (
+        mock.patch.object(optim, "make_optimizer", wraps=optim.make_optimizer) as made,
+        jax.set_mesh(mesh),
+        RunLog(tmp_path, config.metrics, {}) as log,
+    ):
+        train(trainer, config, mesh, tmp_path, log)
+    assert made.call_args.args[2] == 4.0
 
 
 GATED = (

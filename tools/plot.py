@@ -32,8 +32,9 @@ from tools.cli import run_tool
 
 Records = list[dict[str, float]]
 
-COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c6770")
-GREY = COLORS[-1]
+GREY = "#5c6770"
+COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", GREY, "#3aa6c9", "#9c5a2c",
+          "#e58ab5", "#8db600", "#12304a", "#b7a6d6")  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v")
 TRAINING = "training"
 LEGEND_CHARACTERS = 95  # that fit beside one another
@@ -123,7 +124,7 @@ def plot(
         for curve in curves[key]:
             # One run: a colour for each series. Several: a colour for each run.
             place = series.index(curve.series) if len(runs) == 1 else list(runs).index(curve.run)
-            _draw(panel, curve, {**_line(series, curve.series), "color": _color(place)})
+            _draw(panel, curve, {**_line(series, curve.series), "color": color(place)})
         if len(runs) == 1:
             _draw_phases(panel, next(iter(runs.values()))[0], x, label=row == 0)
         tidy(panel)
@@ -226,7 +227,8 @@ def _draw(panel: Any, curve: Curve, style: dict[str, Any]) -> None:
         panel.fill_between(curve.places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _color(place: int) -> str:
+def color(place: int) -> str:
+    """Of the curve at a place among several."""
     return COLORS[place % len(COLORS)]
 
 
@@ -244,10 +246,10 @@ def _add_legend(figure: Any, runs: Sequence[str], series: Sequence[str]) -> None
 
     several = len(runs) > 1
     lines = [
-        Line2D([], [], label=run, color=_color(place), linewidth=1.4)
+        Line2D([], [], label=run, color=color(place), linewidth=1.4)
         for place, run in enumerate(runs if several else ())
     ] + [
-        Line2D([], [], label=name, color=GREY if several else _color(place), **_line(series, name))
+        Line2D([], [], label=name, color=GREY if several else color(place), **_line(series, name))
         for place, name in enumerate(series if not several or len(series) > 1 else ())
     ]
     if len(lines) > 1:

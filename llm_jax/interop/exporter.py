@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_jax import mup
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import disk_errors
 from llm_jax.interop import tensors
@@ -41,8 +42,8 @@ def export_run(
 ) -> None:
     """Writes config.json, safetensors, tokenizer files and generation_config.json.
 
-    Adapters are folded in, a quantised base is dequantised. A reward model becomes a classifier of
-    one label.
+    Adapters and muP's factors are folded in, a quantised base is dequantised. A reward model
+    becomes a classifier of one label.
 
     Args:
       folder: new or empty.
@@ -55,13 +56,13 @@ def export_run(
     folder = Path(folder)
     check_new(folder, "--hf")
     published = stored.meta.get("published", {})
-    model = dataclasses.replace(stored.model, lora=None)
+    model = mup.without_mup(dataclasses.replace(stored.model, lora=None))
     family = family_for(model, published.get("config", {}).get("model_type"))
     heads = tuple(name for name in stored.heads if name == REWARD)  # a critic's stays here
     leaves = leaves_of(model, heads, family, family.prefixes[0])
     dtype = dtype or published.get("dtype", "float32")
     with jax.set_mesh(mesh):
-        weights = dequantise_all(stored.read_merged(mesh)[0])
+        weights = mup.folded(dequantise_all(stored.read_merged(mesh)[0]), stored.model)
     tokenizer = stored.tokenizer() if stored.has_tokenizer else None
     with disk_errors(folder, DISK_MEND):
         numpy_dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)

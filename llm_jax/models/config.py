@@ -63,6 +63,12 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     # Scores are divided by its square root; None = head_dim.
     query_pre_attention_scalar: int | None = None
+    # Maximal update parameterization (arXiv:2203.03466; `llm_jax.mup` has the rules): embed_dim of
+    # the base, a narrower model whose best learning rate serves this one, too; None = without.
+    mup_base_width: int | None = None
+    # The base's head_dim, from which on scores shrink by 1 / head_dim; None = this one's, where
+    # width comes from more heads.
+    mup_base_head_dim: int | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"  # all: the output projection too
     mlp_bias: bool = False
     attention_soft_cap: float | None = None  # scores ← cap · tanh(score / cap)
@@ -95,7 +101,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "mlp_dim", "max_length", "window"):  # fmt: skip
+                     "head_dim", "mlp_dim", "max_length", "window", "mup_base_width",
+                     "mup_base_head_dim"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name}={value} must be positive.")
@@ -120,6 +127,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"model.{name}={value} must be positive; leave it out for none.")
+        if self.mup_base_head_dim is not None and self.mup_base_width is None:
+            raise UserError("model.mup_base_head_dim is muP's: set model.mup_base_width, too.")
         if self.local_rope is not None and self.window is None:
             raise UserError("model.local_rope is that of layers with a window: set model.window.")
         if self.parallel_residual and self.norm_placement != "before":
@@ -194,7 +203,14 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """What scores, products of queries and keys, are multiplied by."""
-        return (self.query_pre_attention_scalar or self.resolved_head_dim) ** -0.5
+        head_dim = self.resolved_head_dim
+        base = self.mup_base_head_dim or head_dim
+        return (self.query_pre_attention_scalar or base) ** -0.5 * (base / head_dim)
+
+    @property
+    def width_multiplier(self) -> float:
+        """How many times wider than muP's base the model is; 1 without muP."""
+        return 1.0 if self.mup_base_width is None else self.embed_dim / self.mup_base_width
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -136,6 +136,8 @@ class LanguageModel:
     def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         """Logits float32 [..., vocab] of hidden states [..., embed] under an output kernel."""
         logits = product(hidden, kernel, self.config.dtype)
+        if self.config.width_multiplier != 1:
+            logits /= self.config.width_multiplier
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

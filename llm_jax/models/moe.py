@@ -104,6 +104,7 @@ class MixtureOfExperts(nn.Module):
     mlp_dim: int
     dtype: str
     output_scale: float
+    router_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -124,7 +125,9 @@ class MixtureOfExperts(nn.Module):
           dropless: drop no token whatever the capacity factor.
         """
         E, D, M = self.config.num_experts, self.embed_dim, self.mlp_dim
-        router_DE = parameter(self, "router", _initial(1.0), ("embed", "router_experts"), (D, E))
+        router_DE = parameter(
+            self, "router", _initial(self.router_scale), ("embed", "router_experts"), (D, E)
+        )
         first, shape = ("gate_up", (E, 2, D, M)) if self.gated else ("up", (E, D, M))
         kernels = {
             first: parameter(self, first, _initial(1.0), KERNEL_AXES[first], shape),

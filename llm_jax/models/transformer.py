@@ -183,7 +183,8 @@ class Block(nn.Module):
                       scale, config.lora, config.matmul, name="mlp")  # fmt: skip
             return mlp(x_BTD), None
         experts = MixtureOfExperts(config.moe, config.mlp, config.embed_dim, config.mlp_dim,
-                                   config.dtype, scale, name="moe")  # fmt: skip
+                                   config.dtype, scale, config.width_multiplier**-0.5,
+                                   name="moe")  # fmt: skip
         real_BT = jnp.ones(x_BTD.shape[:2], bool)
         if row.query_segment_ids is not None:
             real_BT = row.query_segment_ids != 0
@@ -237,7 +238,10 @@ class Transformer(nn.Module):
         init: Any = nn.initializers.normal(0.02)
         table_VD = parameter(self, "embedding", init, ("vocab", "embed"), (V, D))
         if not config.tie_embeddings:
-            init = nn.initializers.lecun_normal()
+            # muP: as wide a spread as the base's, whose deviation is 1/√embed_dim.
+            init = nn.initializers.variance_scaling(
+                config.width_multiplier, "fan_in", "truncated_normal"
+            )
             parameter(self, "output", init, ("embed", "vocab"), (D, V))
         row, positions_BT, cache = _row(config, tokens_BT, positions_BT, segment_ids_BT, cache)
         # The rows of the table are gathered whole in the embed dimension, which the batch's mesh
@@ -245,7 +249,8 @@ class Transformer(nn.Module):
         table_VD = constrain(table_VD, "vocab", None).astype(config.dtype)
         x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *ROWS_AXES)
         if config.scale_embeddings:
-            x_BTD *= jnp.asarray(math.sqrt(D), config.dtype)  # rounded, as published models have it
+            factor = math.sqrt(config.mup_base_width or D)
+            x_BTD *= jnp.asarray(factor, config.dtype)  # rounded, as published models have it
         if config.position == "learned":
             init = nn.initializers.normal(0.01)
             shape = (config.max_length, D)

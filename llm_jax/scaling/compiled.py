@@ -157,7 +157,7 @@ def compile_train_step(
         state, shardings, batch = _abstract(config, model_config, phase, mesh)
         train_step = step.make_train_step(
             lm.make_objective(model, config.loss),
-            optim.make_optimizer(config.optimizer, state.params),
+            optim.make_optimizer(config.optimizer, state.params, model_config.width_multiplier),
             mesh=mesh,
             shardings=shardings,
             micro_batches=step.micro_batches(config.step, phase.batch, phase.length, mesh, pieces),
@@ -227,7 +227,9 @@ def _abstract(
 ) -> tuple[Any, Any, Batch]:
     """Shapes of the state, its shardings, and the shapes of a batch."""
     boxed = _boxed(model_config)
-    optimizer = optim.make_optimizer(config.optimizer, sharding.unbox(boxed))
+    optimizer = optim.make_optimizer(
+        config.optimizer, sharding.unbox(boxed), model_config.width_multiplier
+    )
     state, shardings = step.init_state(
         lambda rng: sharding.unbox(weights.init_weights(model_config, (), rng)),
         optimizer,

@@ -135,7 +135,8 @@ class Trainer:
     init_params: `(rng) → tree of sharding.Named`, of what is trained. load_params: the same from
     the stage before in the given shardings, or None for a start from scratch. frozen: what the
     model needs beside it, on the mesh; None = nothing. data_fingerprint: a hash of all documents.
-    heads: the heads that the model has. lineage: of each stage before this one, oldest first, its
+    heads: the heads that the model has. width_multiplier: that of the model, by which muP scales
+    learning rates. lineage: of each stage before this one, oldest first, its
     stage, run, step, and the hash of its config.
     """
 
@@ -148,4 +149,5 @@ class Trainer:
     data_fingerprint: str
     frozen: Any = None
     heads: tuple[str, ...] = ()
+    width_multiplier: float = 1.0
     lineage: tuple[dict[str, Any], ...] = ()

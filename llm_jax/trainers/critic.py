@@ -39,7 +39,7 @@ def add_critic(ground: Foundation, config: CriticConfig) -> tuple[Foundation, Mo
 
     Raises:
       UserError: the stage starts from no run, or the critic's cannot be read, reads other tokens
-        than the policy, or has too few positions.
+        than the policy, has too few positions, or another width by muP.
     """
     origin, asked = ground.require_origin(), ground.config.model  # type: ignore[attr-defined]
     if origin.is_own:
@@ -55,6 +55,12 @@ def add_critic(ground: Foundation, config: CriticConfig) -> tuple[Foundation, Mo
                 "run that comes from the same one."
             )
     model = dataclasses.replace(inherited_model(asked, found), lora=None)
+    if model.width_multiplier != ground.model.width_multiplier:
+        raise UserError(
+            f"the critic is {model.width_multiplier:g} times as wide as its muP base, the policy "
+            f"{ground.model.width_multiplier:g} times, and one learning rate is scaled for both: "
+            "name a critic that is scaled alike, or leave config.critic out."
+        )
     for phase in ground.config.phases:
         check_length(model, phase.length)
     source = "" if stored is None else f" from {stored.name}"

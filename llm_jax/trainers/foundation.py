@@ -225,6 +225,7 @@ class Foundation:
             tokenizer=self.tokenizer,
             data_fingerprint=data_fingerprint,
             heads=self.heads,
+            width_multiplier=self.model.width_multiplier,
             lineage=self.lineage,
         )
 

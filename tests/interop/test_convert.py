@@ -93,6 +93,21 @@ def test_there_and_back_again_is_bit_exact(name, flags, tmp_path, mesh):
         same(find(str(tmp_path / "run")).read(mesh), source.load(mesh))
 
 
+def test_mups_factors_are_folded_into_what_is_exported(tmp_path, monkeypatch):
+    convert("import", f"--hf={FOLDERS / 'llama'}", f"--workdir={tmp_path / 'run'}")
+    convert("export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'plain'}")
+    (meta,) = (tmp_path / "run").glob("checkpoints/*/meta/metadata")
+    written = json.loads(meta.read_text())
+    written["model"]["mup_base_width"] = written["model"]["embed_dim"] // 4
+    meta.write_text(json.dumps(written))
+    convert("export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'folded'}")
+    plain, folded = (TensorFolder(tmp_path / name) for name in ("plain", "folded"))
+    for name, tensor in plain.tensors.items():
+        before, after = (folder.rows(name, 0, tensor.shape[0]) for folder in (plain, folded))
+        np.testing.assert_array_equal(after, before / (4 if name == "model.norm.weight" else 1))
+    assert open_folder(tmp_path / "folded").model == open_folder(tmp_path / "plain").model
+
+
 def test_the_rest_of_config_json_comes_back(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(FOLDERS / "mistral", source)

@@ -168,6 +168,15 @@ def test_a_critic_follows_the_ropes_of_the_phases(wired, reward_run):
     assert plain != changed
 
 
+def test_a_critic_of_another_width_by_mup_is_refused(wired, monkeypatch):
+    def wide(asked, found):
+        return dataclasses.replace(found, mup_base_width=found.embed_dim // 2)
+
+    monkeypatch.setattr("llm_jax.trainers.critic.inherited_model", wide)
+    with pytest.raises(UserError, match="critic is 2 times as wide as its muP base, the policy 1"):
+        wired(critic=CriticConfig())
+
+
 @pytest.mark.parametrize("critic", [None, CriticConfig()])
 def test_a_critic_is_left_behind(critic, on_policy, start, opened):
     run = on_policy("ppo", critic=critic)

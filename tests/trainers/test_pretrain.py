@@ -259,3 +259,8 @@ def test_the_fingerprint_is_of_the_data(build, corpus, other_corpus):
     ]
     assert fingerprints[0] == fingerprints[1]
     assert len(set(fingerprints)) == 3
+
+
+def test_the_trainer_knows_how_much_wider_than_its_base_the_model_is(build):
+    assert build(model=ModelConfig(**SMALL))[0].width_multiplier == 1
+    assert build(model=ModelConfig(**SMALL, mup_base_width=8))[0].width_multiplier == 4

@@ -36,7 +36,9 @@ class BareStep:
         length: int,
     ):
         boxed = jax.eval_shape(init_params, jax.random.key(0))
-        self._optimizer = optim.make_optimizer(config.optimizer, sharding.unbox(boxed))
+        self._optimizer = optim.make_optimizer(
+            config.optimizer, sharding.unbox(boxed), config.model.width_multiplier
+        )
         self._init = lambda rng: sharding.unbox(init_params(rng))
         self._seed = config.seed
         self._abstract, self._shardings = step.init_state(

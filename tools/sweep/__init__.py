@@ -1,0 +1,1 @@
+"""Runs a config at many points: `python -m tools.sweep`."""
