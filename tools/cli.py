@@ -99,12 +99,6 @@ def run_command(
     return run_tool(main, command.define_flags(), command.__doc__ or "", [name, *rest])
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without those such as --config.a.b=1, and those."""
-    overrides = [a for a in arguments if a.lstrip("-").startswith(("config.", "config["))]
-    return [a for a in arguments if a not in overrides], overrides
-
-
 def _describe(values: flags.FlagValues) -> str:
     lines = []
     for name in sorted(values):
