@@ -98,6 +98,7 @@ def chats(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_published_model(published, chats, execute):
     names = execute(
         "finetune_published.ipynb", devices=8, MODEL=str(published), DATA=str(chats), LENGTH=64,
