@@ -323,7 +323,8 @@ def test_real_points_are_stopped_resumed_and_tabled(tmp_path, corpus):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([*line, *terms, *small], env=environment, cwd=ROOT)
     first = tmp_path / "learning_rate=0.001,num_layers=1"
-    while process.poll() is None and not (first / "metrics.jsonl").exists():
+    log = first / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
