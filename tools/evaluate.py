@@ -98,12 +98,10 @@ def read_tasks(config: str, overrides: Sequence[str]) -> dict[str, TaskTerm]:
 def evaluate(run: LoadedRun, tasks: Sequence[Task]) -> dict[str, Any]:
     """What is written of a checkpoint and its tasks; one that fails does not keep the others from
     being run."""
-    import jax
-
+    from llm_jax.mesh import describe_hardware
     from llm_jax.models.size import parameter_count
 
     begin = time.monotonic()
-    device = jax.devices()[0]
     entries = {task.term.known_as: _entry(task, run.params) for task in tasks}
     return {
         "run": str(run.path),
@@ -112,7 +110,7 @@ def evaluate(run: LoadedRun, tasks: Sequence[Task]) -> dict[str, Any]:
         "stage": run.meta["stage"],
         "tokenizer": run.tokenizer.fingerprint,
         "parameters": parameter_count(run.model.config),
-        "hardware": f"{jax.device_count()} x {device.device_kind}",
+        "hardware": describe_hardware(run.mesh),
         "seconds": round(time.monotonic() - begin, 3),
         "tasks": entries,
     }

@@ -8,6 +8,7 @@ import pytest
 
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.evals.tasks import TASKS
+from llm_jax.mesh import MeshConfig, describe_hardware, make_mesh
 from tools import evaluate
 from tools.cli import run_tool
 from tools.needle_map import accuracies
@@ -58,7 +59,7 @@ def test_a_record_has_figures_settings_and_rows(tool, tmp_path):
         str(tmp_path / "run"), 5, "pretrain",
     )  # fmt: skip
     assert record["tokenizer"] == ByteTokenizer().fingerprint and record["parameters"] > 5000
-    assert record["hardware"].endswith("x cpu")
+    assert record["hardware"] == describe_hardware(make_mesh(MeshConfig()))
     text, pairs = record["tasks"]["text"], record["tasks"]["pairs"]
     assert text["task"] == "perplexity" and text["settings"]["length"] == 32
     assert text["count"] == len(text["examples"]) == 2
