@@ -160,8 +160,8 @@ def _compare(
 ) -> list[Comparison]:
     """The first model with each other one, on each measure."""
     from llm_jax.evals.bootstrap import compare
+    from llm_jax.measures import best_end
     from tools.compare.units import paired
-    from tools.measures import lower_is_better
 
     found = []
     first, *others = models
@@ -177,7 +177,7 @@ def _compare(
                 resamples=values.resamples,
                 seed=values.seed,
             )
-            found.append(Comparison(first, other, task, key, lower_is_better(key), difference))
+            found.append(Comparison(first, other, task, key, best_end(key) == "lowest", difference))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llm_jax.config import ABSENT, differences
-from tools.measures import is_figure, lower_is_better
+from llm_jax.measures import best_end, is_figure
 from tools.report import words
 from tools.report.charts import COLORS, OTHERS, Chart, Series, draw
 from tools.report.content import Cell, Table, anchor, make_table
@@ -33,7 +33,8 @@ def _measure(collection: Collection) -> str | None:
 def _sorted(collection: Collection) -> list[Run]:
     """The best first; those without the measure last."""
     key = _measure(collection)
-    sign = 1 if key is None or lower_is_better(key) else -1
+    end = collection.sweep.get("direction") or best_end(key or "")
+    sign = 1 if end == "lowest" else -1
 
     def rank(run: Run) -> float:
         value = None if key is None else run.last(key)

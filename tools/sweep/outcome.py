@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax.sweep import SEED, Direction
+from llm_jax.measures import Direction
+from llm_jax.sweep import SEED
 from tools.sweep.points import Point
 
 WAITING, RUNNING, FINISHED, STOPPED, FAILED = "waiting", "running", "finished", "stopped", "failed"
