@@ -5,7 +5,7 @@
 Runs whose configs differ in nothing but the seed are one model, as in tools.plot --mean. The first
 model, A, is compared with each other one, B, on the same documents or examples: those of
 RUN/evaluation.json where all runs have tasks in common, else the documents that the runs held out,
-which are then measured. The interval is that of a bootstrap in pairs over documents or examples,
+on which they are then measured by the task "perplexity" of tools.evaluate. The interval is that of a bootstrap in pairs over documents or examples,
 and over the seeds where there are several. Runs of different tokenizers are compared in bits per
 byte alone.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Of two models on one measure. task: or the component of held-out documents."""
+    """Of two models on one measure, which is the key of a task."""
 
     a: str
     b: str
@@ -80,7 +80,7 @@ def main(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     models = {group_name([names[place] for place in group]): group for group in groups}
     if values.plot:
         _plot(models, folders, values.keys, values.plot)
-    measures = _measure(arguments, places, names, values.documents, notes)
+    measures = _measures(arguments, places, names, values.documents, notes)
     found = _compare(models, measures, values, notes)
     if not found:
         raise UserError(f"nothing can be compared: {'; '.join(notes)}.")
@@ -123,7 +123,7 @@ def _plot(
     plot(runs, keys, output)
 
 
-def _measure(
+def _measures(
     arguments: Sequence[str],
     places: Sequence[tuple[Path, int]],
     names: Sequence[str],
@@ -131,23 +131,19 @@ def _measure(
     notes: list[str],
 ) -> list[Measures]:
     """Of each run what evaluation.json tells, or else what it makes of its held-out documents."""
-    from tools.compare.units import of_documents, of_evaluations, read_evaluation
+    from tools.compare.units import measure, of_evaluations, read_evaluation
 
     records = [read_evaluation(path, step, notes) for path, step in places]
     found = of_evaluations(names, records, notes)
-    tokenizers = {record.get("tokenizer") for record in records}
     if not any(found):
-        from llm_jax.compilation import use_compilation_cache
-        from llm_jax.runs import load_run
-
-        use_compilation_cache()
-        runs = [load_run(argument) for argument in arguments]
-        tokenizers = {run.tokenizer.fingerprint for run in runs}
         try:
-            found = of_documents(runs, names, documents, notes)
+            records = measure(arguments, documents, notes)
         except UserError as error:
-            raise UserError(" ".join([str(error), *(f"({note}.)" for note in notes)])) from error
-    if len(tokenizers) > 1:
+            mend = "To compare such runs, measure all of them by tools.evaluate on one source."
+            told = (f"({note}.)" for note in notes)
+            raise UserError(" ".join([str(error), mend, *told])) from error
+        found = of_evaluations(names, records, notes)
+    if len({record.get("tokenizer") for record in records}) > 1:
         notes.append("the runs have different tokenizers: only bits per byte can be compared")
     return found
 
