@@ -175,10 +175,10 @@ class PerplexityConfig:
 
     sources: by name, which is their tag; none: what the run held out, by component of its mixture.
     documents: of each tag at most, those with the smallest hash of their text, so that runs which
-    held out some of the same documents read the same ones. length: tokens of context; None: what the run was trained on. A
-    longer document is read in windows of that length. stride: tokens by which a window lies behind
-    the one before; what both hold is context to the second. None: the length, so that they share
-    nothing and the first tokens of each have little context.
+    held out some of the same documents read the same ones. length: tokens of context; None: what
+    the run was trained on. A longer document is read in windows of that length. stride: tokens by
+    which a window lies behind the one before; what both hold is context to the second. None: the
+    length, so that they share nothing and the first tokens of each have little context.
     """
 
     sources: tuple[ComponentConfig, ...] = ()

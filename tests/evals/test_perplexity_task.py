@@ -76,9 +76,7 @@ def test_a_document_has_one_id_in_every_source(told, uniform, tmp_path):
     assert len({*ids[0], *ids[1]}) == 4
 
 
-def test_runs_that_held_out_some_of_the_same_documents_read_the_same_ones(
-    told, uniform, texts_of
-):
+def test_runs_that_held_out_some_of_the_same_documents_read_the_same_ones(told, uniform, texts_of):
     words = [f"document {number}" for number in range(40)]
     ids = []
     for texts, most in ((words, 40), (words, 8), (words[5:30], 8)):

@@ -30,7 +30,10 @@ def write_run(tmp_path):
             label: {"task": label, "settings": {}, "metrics": {}, "examples": examples}
             for label, examples in tasks.items()
         }
-        record = {"step": 4, "tokenizer": tokenizer, "tasks": tasks}
+        record = {
+            "run": str(folder), "step": 4, "config": "c", "tokenizer": tokenizer, "seconds": 1.0,
+            "tasks": tasks,
+        }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(record))
         losses = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in losses))
@@ -177,7 +180,7 @@ def test_bad_input_is_one_line(write_run, tmp_path, monkeypatch, capsys, argumen
     rows = {"text": documents([1.0, 2.0])}
     for name in ("A", "B", "BAD"):
         write_run(name, rows, x=name)
-    (tmp_path / "BAD" / "evaluation.json").write_text("[]")
+    (tmp_path / "BAD" / "evaluation.json").write_text("{}")
     assert compare(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -211,7 +214,9 @@ def test_runs_without_evaluations_are_measured_on_what_they_held_out(
     untrained, other_corpus, tmp_path, capsys
 ):
     first, second = untrained("a", 1), untrained("b", 2)
-    (first / "evaluation.json").write_text('{"step": 9, "tasks": {}}')  # of another checkpoint
+    # of another checkpoint
+    other = dict.fromkeys(("run", "config", "tokenizer", "seconds"), "") | {"step": 9, "tasks": {}}
+    (first / "evaluation.json").write_text(json.dumps(other))
     output = tmp_path / "c.json"
     assert compare(first, second, f"--output={output}", "--documents=4") == 0
     one, record = found_by(output, "perplexity", "bits_per_byte")

@@ -121,7 +121,7 @@ def test_bad_input_is_one_line_and_harms_nothing(tool, tmp_path):
     assert "two tasks are called 'text'" in refused("--tasks=text,text")
     assert not (tmp_path / "run" / evaluate.FILE).exists()
     (tmp_path / "run" / evaluate.FILE).write_text("{}")
-    assert "is no record of this tool" in refused("--tasks=text")
+    assert "is no record of tools.evaluate" in refused("--tasks=text")
     assert "is no file in a folder" in refused("--tasks=text", "--output=nowhere/x.json")
 
 

@@ -5,15 +5,14 @@
 Runs whose configs differ in nothing but the seed are one model, as in tools.plot --mean. The first
 model, A, is compared with each other one, B, on the same documents or examples: those of
 RUN/evaluation.json where all runs have tasks in common, else the documents that the runs held out,
-on which they are then measured by the task "perplexity" of tools.evaluate. The interval is that of a bootstrap in pairs over documents or examples,
-and over the seeds where there are several. Runs of different tokenizers are compared in bits per
-byte alone.
+on which they are then measured by the task "perplexity" of tools.evaluate. The interval is that of
+a bootstrap in pairs over documents or examples, and over the seeds where there are several. Runs of
+different tokenizers are compared in bits per byte alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,11 +182,12 @@ def _differences(
     """The settings in which the models differ; of each its first seed's."""
     from llm_jax.checkpoint import newest_meta
     from llm_jax.config import differences, used
+    from llm_jax.runs import read_json
 
     configs = []
     for group in models.values():
         path, _ = places[group[0]]
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json") or {}
         _, meta = newest_meta(path) or (0, {})
         configs.append(used(config, meta))
     changed = differences(configs)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.errors import UserError
 from llm_jax.evals.bootstrap import Sample
 
 # A measure is Σ amounts / Σ sizes over units, which have the same names for every model.
@@ -36,29 +35,25 @@ def read_evaluation(path: Path, step: int, notes: list[str]) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    file = path / "evaluation.json"
-    if not file.exists():
+    from llm_jax.runs import read_json
+    from tools.evaluate import FILE, read_record
+
+    file = path / FILE
+    record = read_record(file)
+    if record is None:
         return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        record["tasks"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is no record of tools.evaluate ({error}): make it anew, or delete it."
-        ) from error
-    if record.get("step") != step:
-        notes.append(f"{file} is of checkpoint {record.get('step')}, not {step}: it is left out")
+    if record["step"] != step:
+        notes.append(f"{file} is of checkpoint {record['step']}, not {step}: it is left out")
         return {}
-    result = path / "result.json"
-    hashes = json.loads(result.read_text("utf-8")).get("hashes", {}) if result.exists() else {}
+    hashes = (read_json(path / "result.json") or {}).get("hashes", {})
     return {**record, "data": hashes.get("data", str(path))}
 
 
 def of_evaluations(
     names: Sequence[str], records: Sequence[Mapping[str, Any]], notes: list[str]
 ) -> list[Measures]:
-    """Of each run, the measures of the tasks that all have with the same settings, by example; those
-    of the examples of each tag apart, too, where there are several.
+    """Of each run, the measures of the tasks that all have with the same settings, by example; and
+    those of each tag's examples apart, where there are several tags.
 
     Runs of several tokenizers are left their bits per byte alone: nats over tokens, and what is
     read or answered in tokens, is not the same measure for both.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.measures import Direction
+from llm_jax.runs import read_json
 from llm_jax.sweep import SEED
 from tools.sweep.points import Point
 
@@ -113,11 +114,10 @@ def _last_step(path: Path) -> int | None:
 
 
 def _read_run(point: Point, folder: Path) -> Outcome:
-    path = folder / "result.json"
-    if not path.exists():
+    result = read_json(folder / "result.json")
+    if result is None:
         step = _last_step(folder / "metrics.jsonl")
         return Outcome(point, WAITING if step is None else STOPPED, step)
-    result = json.loads(path.read_text(encoding="utf-8"))
     status = FINISHED if result["status"] == "finished" else STOPPED
     return Outcome(point, status, result["step"], result["seconds"], result["metrics"])
 
