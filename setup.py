@@ -50,6 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "hf": ["datasets>=4.0", "pyarrow>=20", "sentencepiece>=0.2.1", "zstandard>=0.24"],
+        "eval": ["lm_eval>=0.4.13,<0.5", "datasets>=4.0"],
         "seqio": ["seqio>=0.0.20"],
         "notebooks": ["jupyter>=1.1", "matplotlib>=3.10"],
         "plot": ["matplotlib>=3.10"],

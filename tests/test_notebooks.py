@@ -98,6 +98,7 @@ def chats(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_published_model(published, chats, execute):
     names = execute(
         "finetune_published.ipynb", devices=8, MODEL=str(published), DATA=str(chats), LENGTH=64,
@@ -167,3 +168,18 @@ def test_inference_and_the_needle_map(corpus, tiny_config, run_on, tmp_path, exe
     assert "length 96: " in capsys.readouterr().out
     assert is_picture(Path("runs/needle.png")) and is_picture(Path("runs/attention.png"))
     assert "<main>" in Path("runs/loss.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_sweeps(corpus, execute, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # points are processes, in the notebook's folder
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    names = execute(
+        "sweeps.ipynb", GRID={"optimizer.learning_rate": (1e-3, 2e-3)}, FIXED={
+            "sample.max_new_tokens": 0, "data.source": str(corpus), "phases[0].steps": 2,
+            "phases[1].steps": 2, "optimizer.warmup_steps": 1,
+        },
+    )  # fmt: skip
+    assert names["status"] == 0
+    assert is_picture(Path("runs/sweep/sweep.png")) and is_picture(Path("runs/sweep/curves.png"))
+    assert "2 points, 0 of them finished already" in capsys.readouterr().out

@@ -38,6 +38,7 @@ COLORS = ("#1f4e79", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", GREY, "#3aa6c9"
 MARKERS = ("o", "s", "^", "D", "v")
 TRAINING = "training"
 LEGEND_CHARACTERS = 95  # that fit beside one another
+LEGEND_ROW = 0.21  # inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +255,11 @@ def _add_legend(figure: Any, runs: Sequence[str], series: Sequence[str]) -> None
         for place, name in enumerate(series if not several or len(series) > 1 else ())
     ]
     if len(lines) > 1:
-        columns = LEGEND_CHARACTERS // (7 + max(len(str(line.get_label())) for line in lines))
-        figure.legend(
-            handles=lines, loc="outside upper center", ncols=max(1, columns), frameon=False
-        )
+        longest = max(len(str(line.get_label())) for line in lines)
+        columns = max(1, LEGEND_CHARACTERS // (7 + longest))
+        rows = math.ceil(len(lines) / columns)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - 2))
+        figure.legend(handles=lines, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _is_of(name: str, key: str) -> bool:

@@ -101,7 +101,8 @@ class GenerationTask:
         check_answers(config.rewards, [prompt.row for prompt in self.prompts])
 
     def run(self, params: Any) -> TaskResult:
-        """See `result`."""
+        """See `result`; failures of rewards are counted anew each time."""
+        self._scorer.failures = 0
         return self.result(self.sample(params))
 
     def sample(self, params: Any, length: int | None = None) -> Rollouts:

@@ -23,10 +23,10 @@ from llm_jax.data.sources import (
 )
 from llm_jax.errors import UserError
 from llm_jax.evals.objective import spread
+from llm_jax.evals.pairs import encode_pair
 from llm_jax.evals.statistics import mean
 from llm_jax.evals.subject import LogLikelihood, Subject
 from llm_jax.evals.task import TaskResult, stable_ids
-from llm_jax.generation.generate import document_prompt
 
 LETTERS = string.ascii_uppercase
 
@@ -103,10 +103,12 @@ def multiple_choice_task(
     """
     Returns:
       What gives, each with its standard error: accuracy, of the choice of the largest
-      log-probability; accuracy_by_bytes, of the largest one per UTF-8 byte of the continuation
-      (acc_norm of others); accuracy_unconditional, of the largest difference to that after
-      `unconditional` (Brown et al. 2020, arXiv:2005.14165, section 2.4). chance: what drawing
-      choices would give. truncated: the share of questions whose context lost its beginning.
+      log-probability; accuracy_by_bytes, of the largest one per UTF-8 byte of what `continuation`
+      says, white space around it left out (acc_bytes of the lm-evaluation-harness; its acc_norm
+      counts characters, as many in ASCII); accuracy_unconditional, of the largest difference to
+      that after `unconditional` (Brown et al. 2020, arXiv:2005.14165, section 2.4). chance: what
+      drawing choices would give. truncated: the share of questions whose context lost its
+      beginning.
 
     Raises:
       UserError: rows that cannot be read, or fewer than there are shots.
@@ -118,18 +120,16 @@ def multiple_choice_task(
     ids = stable_ids([question.identity for question in questions])
     contexts = {i: _context(config, questions[i], pool, ids[i]) for i in chosen}
     tokenizer = subject.tokenizer
-    bare = document_prompt(tokenizer, config.unconditional)
 
     def run(params: Any) -> TaskResult:
         given, alone, sizes = [], [], []
         for i in chosen:
-            context = document_prompt(tokenizer, contexts[i])
             for place in range(len(questions[i].choices)):
-                text = _continuation(config, questions[i], place)
-                ids_of_choice = tokenizer.encode(text, "after_text")
-                given.append((context, ids_of_choice))
-                alone.append((bare, ids_of_choice))
-                sizes.append(len(text.encode("utf-8")))
+                text = _continuation(config.continuation, questions[i], place)
+                given.append(encode_pair(tokenizer, contexts[i], text))
+                alone.append(encode_pair(tokenizer, config.unconditional, text))
+                said = _continuation(config.continuation.strip(), questions[i], place)
+                sizes.append(len(said.encode("utf-8")))
         found = iter(
             zip(
                 given,
@@ -207,7 +207,10 @@ def _context(
             f"source={config.source!r}: shots={config.shots} are more than the {len(drawn)} other "
             "rows to draw from."
         )
-    shots = [_asked(config, other) + _continuation(config, other, other.answer) for other in drawn]
+    shots = [
+        _asked(config, other) + _continuation(config.continuation, other, other.answer)
+        for other in drawn
+    ]
     return config.separator.join([*shots, _asked(config, question)])
 
 
@@ -220,8 +223,8 @@ def _asked(config: MultipleChoiceConfig, question: Question) -> str:
     )
 
 
-def _continuation(config: MultipleChoiceConfig, question: Question, place: int) -> str:
-    return _filled(config.continuation, choice=question.choices[place], letter=LETTERS[place])
+def _continuation(text: str, question: Question, place: int) -> str:
+    return _filled(text, choice=question.choices[place], letter=LETTERS[place])
 
 
 def _filled(text: str, **values: str) -> str:

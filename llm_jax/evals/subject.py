@@ -166,6 +166,7 @@ class Subject:
         *,
         max_new_tokens: int,
         stop_strings: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         sampler: SamplerConfig = GREEDY,
         seed: int = 0,
     ) -> list[Completion]:
@@ -177,6 +178,7 @@ class Subject:
 
         Args:
           prompts: token ids, none empty (start with bos).
+          stop_ids: further tokens that end a completion.
           seed: non-negative; prompt i has its randomness from the seed and i.
 
         Raises:
@@ -201,7 +203,7 @@ class Subject:
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,
                 rng=_row_keys(seed, filled),
-                stop_ids=self.stop_ids,
+                stop_ids=tuple(dict.fromkeys((*self.stop_ids, *stop_ids))),
                 pad_id=self.tokenizer.pad_id,
                 stop_strings=stop_strings,
                 tokenizer=self.tokenizer,

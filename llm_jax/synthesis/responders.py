@@ -207,7 +207,8 @@ class RunResponder(ModelResponder):
         """
         Args:
           max_new_tokens: of an answer, its end included.
-          batch: rows that decode, or are read, at a time; it changes no answer.
+          batch: rows that decode, or are read, at a time; it changes no answer, and
+            leanings by rounding alone.
 
         Raises:
           UserError: a limit that leaves no room, or is not positive; a reward model.

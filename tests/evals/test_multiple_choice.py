@@ -49,7 +49,7 @@ def test_scores_are_sums_over_all_logits(config, plain_subject, params, all_logp
         context = f"Question: {row['question']}\nAnswer:"
         raw = [total(all_logprobs, context, f" {text}") for text in texts(row)]
         bare = [total(all_logprobs, "Answer:", f" {text}") for text in texts(row)]
-        sizes = [len(text) + 1 for text in texts(row)]
+        sizes = [len(text) for text in texts(row)]
         np.testing.assert_allclose(found["logprobs"], raw, rtol=1e-5)
         np.testing.assert_allclose(found["unconditional_logprobs"], bare, rtol=1e-5)
         assert found["bytes"] == sizes and found["answer"] == answer

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
+from llm_jax.config import build
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.evals.tasks import TASKS
 from llm_jax.mesh import MeshConfig, describe_hardware, make_mesh
+from llm_jax.trainers.grpo import GRPOConfig
 from tools import evaluate
 from tools.cli import run_tool
 from tools.needle_map import accuracies
@@ -141,3 +143,9 @@ def test_the_tasks_of_the_repository_can_be_read():
     assert {"perplexity", "needle", "gsm8k", "mmlu", "ifeval", "win_rate"} <= set(terms)
     assert terms["gsm8k"].settings["rows"] == 5
     assert all(term.known_as == name for name, term in terms.items())
+    settings = {
+        name: build(TASKS[term.name].settings, term.settings) for name, term in terms.items()
+    }
+    # What GRPO trains on is what is measured.
+    assert settings["addition"].data == GRPOConfig().data
+    assert settings["addition"].rewards == GRPOConfig().rewards

@@ -56,9 +56,9 @@ def draw(run, tmp_path, capsys):
     """`draw(content)`: the page of a text, and what was printed."""
 
     def call(content):
-        (tmp_path / "text.txt").write_bytes(content)
-        output = tmp_path / "page.html"
-        arguments = [f"--workdir={run}", f"--text={tmp_path / 'text.txt'}", f"--output={output}"]
+        file, output = tmp_path / "a<b>&amp;.txt", tmp_path / "page.html"
+        file.write_bytes(content)
+        arguments = [f"--workdir={run}", f"--text={file}", f"--output={output}"]
         assert show(["show", "loss", *arguments]) == 0
         return output.read_text(encoding="utf-8"), capsys.readouterr().out
 
@@ -111,6 +111,8 @@ def test_no_text_escapes_into_the_page(draw):
     wanted = TEXT.replace("\n", "↵\n").replace("\x1b", "\N{SYMBOL FOR ESCAPE}")
     wanted = wanted.replace("ö", r"\xc3\xb6").replace("\u202e", r"\xe2\x80\xae")
     assert text == "<|bos|>" + wanted
+    assert "<title>Loss of a&lt;b&gt;&amp;amp;.txt</title>" in page
+    assert '<span class="given">&lt;|bos|&gt;</span>' in page
     assert "b" not in parsed.kinds and "http" not in page and "src=" not in page
 
 

@@ -96,7 +96,10 @@ def test_points_run_a_failed_one_harms_none_and_the_best_is_told(tmp_path, capsy
     assert table in said
     assert "| 2.5 | finished | 10 | 0:01 | 0.2500 best |" in table
     assert "| 1.0 | finished | 10 | 0:01 | 1.0000 |" in table
-    assert f"- learning_rate=99.0 failed: {reason}" in table and "Best: learning_rate=2.5" in table
+    assert (
+        f"- learning_rate=99.0 failed: {reason}" in table
+        and "Best: --config.optimizer.learning_rate=2.5" in table
+    )
 
     points = points_of(tmp_path)
     assert [p["status"] for p in points.values()] == ["finished"] * 2 + ["failed", "finished"]
@@ -320,7 +323,8 @@ def test_real_points_are_stopped_resumed_and_tabled(tmp_path, corpus):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([*line, *terms, *small], env=environment, cwd=ROOT)
     first = tmp_path / "learning_rate=0.001,num_layers=1"
-    while process.poll() is None and not (first / "metrics.jsonl").exists():
+    log = first / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.measures import Direction
 from llm_jax.metrics import read_metrics_file
-from llm_jax.sweep import SEED, Sweep
+from llm_jax.sweep import SEED, Overrides, Sweep
 from tools import plot
 from tools.sweep.outcome import FINISHED, Group, Outcome, group_seeds
 
@@ -60,15 +60,20 @@ def draw_metric(
 def draw_curves(outcomes: Sequence[Outcome], workdir: Path, metric: str, output: Path) -> None:
     """Writes the training curves of all finished points, by `tools.plot`."""
     done = [o for o in outcomes if o.status == FINISHED and not o.point.stages]
+    axes = find_axes([outcome.point.overrides for outcome in outcomes])
+    keys = [*(axis.keys[0] for axis in axes), SEED]
     runs = {
-        o.point.name: [read_metrics_file(workdir / o.point.name / "metrics.jsonl")] for o in done
+        _label(keys, o.point.overrides): [
+            read_metrics_file(workdir / o.point.name / "metrics.jsonl")
+        ]
+        for o in done
     }
     if runs:
         parts = metric.split("/", 2)
         plot.plot(runs, [parts[2] if parts[0] == "eval" else metric], output)
 
 
-def find_axes(points: Sequence[Mapping[str, Any]]) -> list[Axis]:
+def find_axes(points: Sequence[Overrides]) -> list[Axis]:
     """The keys of a sweep but its seed, those together that determine each other."""
     keys = list(dict.fromkeys(key for point in points for key in point if key != SEED))
     columns = {key: [repr(point.get(key)) for point in points] for key in keys}
@@ -95,7 +100,8 @@ def _draw_panel(panel: Any, axis: Axis, others: Sequence[Axis], groups: Sequence
     lines: dict[str, list[Group]] = {}
     for group in groups:
         if key in group.overrides:
-            lines.setdefault(_label(others, group), []).append(group)
+            label = _label([other.keys[0] for other in others], group.overrides)
+            lines.setdefault(label, []).append(group)
     order = sorted(lines, key=lambda label: [_place(o, lines[label][0]) for o in others])
     for number, label in enumerate(order):
         members = sorted(lines[label], key=lambda group: _place(axis, group))
@@ -120,9 +126,9 @@ def _draw_panel(panel: Any, axis: Axis, others: Sequence[Axis], groups: Sequence
         panel.legend(frameon=False, fontsize=8)
 
 
-def _label(axes: Sequence[Axis], group: Group) -> str:
-    settings = ((axis.keys[0], group.overrides.get(axis.keys[0])) for axis in axes)
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings)
+def _label(keys: Sequence[str], overrides: Overrides) -> str:
+    settings = ((key.rpartition(".")[2], overrides[key]) for key in keys if key in overrides)
+    return ", ".join(f"{key} {value}" for key, value in settings)
 
 
 def _place(axis: Axis, group: Group) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def cells(
 
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome], direction: Direction) -> str:
-    """The table, what failed and why, and how the best point is run again."""
+    """The table, what failed and why, and the flags of the best point."""
     columns, rows = cells(sweep, outcomes, direction)
     lines = [f"# {sweep.config}: {len(outcomes)} points by {direction} {sweep.metric}", ""]
     lines += [_row(columns), _row(["---"] * len(columns))]
@@ -116,8 +117,9 @@ def markdown(sweep: Sweep, outcomes: Sequence[Outcome], direction: Direction) ->
     failed = [outcome for outcome in outcomes if outcome.status == FAILED]
     lines += ["", *(f"- {o.point.name} failed: {o.reason}" for o in failed)] if failed else []
     best = next((group for _, group in rows if group.best), None)
-    if best is not None:
-        lines += ["", f"Best: {best.outcomes[0].point.name}"]
+    if best is not None and best.overrides:
+        settings = [f"--config.{key}={value}" for key, value in best.overrides.items()]
+        lines += ["", f"Best: {shlex.join(settings)}"]
     return "\n".join(lines).rstrip() + "\n"
 
 
