@@ -13,8 +13,9 @@ setup(
     packages=find_packages(include=["llm_jax*", "tools*"]),
     package_data={
         "llm_jax.synthesis": ["constitution.toml"],
+        "tools": ["templates/*"],
         "tools.report": ["templates/*"],
-        "tools.show": ["loss.html.jinja"],
+        "tools.show": ["templates/*"],
     },
     install_requires=[
         "jax>=0.10",

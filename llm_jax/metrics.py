@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import jax
 
 from llm_jax.console import Progress
 from llm_jax.errors import UserError
+from llm_jax.measures import is_figure
 from llm_jax.types import Mean
 
 
@@ -177,8 +177,7 @@ def _evaluations(values: Mapping[str, float]) -> Iterator[str]:
     lines: dict[str, list[str]] = {}
     for key, value in values.items():
         parts = key.split("/", 2)
-        is_curve = re.search(r"/[\d.]+$", key) is not None
-        if parts[0] == "eval" and not is_curve and not key.endswith("_stderr"):
+        if parts[0] == "eval" and is_figure(key):
             error = values.get(f"{key}_stderr")
             spread = "" if error is None else f" ± {error:.2g}"
             lines.setdefault(parts[1], []).append(f"{parts[2]} {value:.4g}{spread}")

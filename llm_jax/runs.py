@@ -71,6 +71,23 @@ def load_run(workdir: str, mesh_config: MeshConfig | None = None) -> LoadedRun:
     return LoadedRun(stored, model, params, mesh)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds, such as a run's config.json; None where there is no file.
+
+    Raises:
+      UserError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object.")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")

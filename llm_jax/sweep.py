@@ -14,23 +14,15 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from llm_jax.errors import UserError
+from llm_jax.measures import Direction, best_end
 
 Overrides = Mapping[str, Any]  # by dotted path without "config.", such as "phases[0].length"
 Space = tuple[Overrides, ...]
-Direction = Literal["lowest", "highest"]
 
 SEED = "seed"  # points that differ in nothing else are repetitions of one
-
-# Which end of a metric is the best, by the last part of its name.
-DIRECTIONS: dict[str, Direction] = {
-    **dict.fromkeys(("loss", "perplexity", "bits_per_byte", "calibration_error"), "lowest"),
-    **dict.fromkeys(
-        ("accuracy", "accuracies", "margins", "exact_match", "token_f1", "reward"), "highest"
-    ),
-}
 
 _NAME_LENGTH = 120  # of a folder; file systems take 255 bytes
 
@@ -41,7 +33,7 @@ class Sweep:
 
     config: a config file with its argument, as --config of llm_jax.main takes it.
     metric: a key of result.json's metrics by which points are ranked; of a recipe STAGE/KEY.
-    direction: which end is the best; None = as `DIRECTIONS` says.
+    direction: which end is the best; None = as `measures.best_end` says.
     overrides: those that all points share.
     """
 
@@ -125,7 +117,7 @@ def find_direction(metric: str, asked: Direction | None) -> Direction:
     Raises:
       UserError: none is asked for, and the metric is not known.
     """
-    found = asked or DIRECTIONS.get(metric.rpartition("/")[2])
+    found = asked or best_end(metric)
     if found is None:
         raise UserError(
             f"which end of {metric!r} is the best is not known: give --direction=lowest or highest."

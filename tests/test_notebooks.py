@@ -162,10 +162,11 @@ def test_inference_and_the_needle_map(corpus, tiny_config, run_on, tmp_path, exe
     names = execute(
         "inference_and_needle.ipynb", RUN=str(workdir), TEXT=str(corpus),
         FILE=str(tmp_path / "text.txt"),
-        LENGTHS=(64, 96, 256), DEPTHS=(0.0, 1.0), PER_CELL=2,
+        LENGTHS=(64, 96, 256), DEPTHS=2, PER_CELL=2,
     )  # fmt: skip
-    assert names["accuracy"].shape == (2, 2)  # 256 is past the positions of the model
-    assert "length 96: " in capsys.readouterr().out
+    needle = names["record"]["tasks"]["needle"]
+    assert len(needle["examples"]) == 2 * 2 * 2  # 256 is past the positions of the model
+    assert "  accuracy_by_length                 64: " in capsys.readouterr().out
     assert is_picture(Path("runs/needle.png")) and is_picture(Path("runs/attention.png"))
     assert "<main>" in Path("runs/loss.html").read_text(encoding="utf-8")
 

@@ -12,7 +12,6 @@ A task that fails is recorded there, and the exit status is 1.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import sys
@@ -98,12 +97,10 @@ def read_tasks(config: str, overrides: Sequence[str]) -> dict[str, TaskTerm]:
 def evaluate(run: LoadedRun, tasks: Sequence[Task]) -> dict[str, Any]:
     """What is written of a checkpoint and its tasks; one that fails does not keep the others from
     being run."""
-    import jax
-
+    from llm_jax.mesh import describe_hardware
     from llm_jax.models.size import parameter_count
 
     begin = time.monotonic()
-    device = jax.devices()[0]
     entries = {task.term.known_as: _entry(task, run.params) for task in tasks}
     return {
         "run": str(run.path),
@@ -112,10 +109,27 @@ def evaluate(run: LoadedRun, tasks: Sequence[Task]) -> dict[str, Any]:
         "stage": run.meta["stage"],
         "tokenizer": run.tokenizer.fingerprint,
         "parameters": parameter_count(run.model.config),
-        "hardware": f"{jax.device_count()} x {device.device_kind}",
+        "hardware": describe_hardware(run.mesh),
         "seconds": round(time.monotonic() - begin, 3),
         "tasks": entries,
     }
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write` has written; None where there is no file.
+
+    Raises:
+      UserError: it cannot be read, or is something else.
+    """
+    from llm_jax.runs import read_json
+
+    record = read_json(path)
+    if record is None:
+        return None
+    known = {"run", "step", "config", "tokenizer", "seconds", "tasks"}
+    if not known <= record.keys() or not isinstance(record["tasks"], dict):
+        raise UserError(f"{path} is no record of tools.evaluate: name another file, or delete it.")
+    return record
 
 
 def write(output: Path, record: Mapping[str, Any]) -> None:
@@ -127,7 +141,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     """
     from llm_jax.runs import write_json
 
-    earlier = _read(output)
+    earlier = read_record(output)
     if earlier is not None and _of_one_checkpoint(earlier, record):
         record = {
             **record,
@@ -202,7 +216,7 @@ def _output(given: str | None, run: LoadedRun) -> Path:
     output = Path(given) if given else run.path / FILE
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output={output} is no file in a folder that there is: name one.")
-    _read(output)
+    read_record(output)  # something else is not ours to overwrite
     return output
 
 
@@ -211,24 +225,6 @@ def _of_one_checkpoint(first: Mapping[str, Any], second: Mapping[str, Any]) -> b
     names = ("step", "config", "tokenizer")
     runs = [Path(record["run"]).resolve() for record in (first, second)]
     return runs[0] == runs[1] and all(first[name] == second[name] for name in names)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """An earlier record; None where there is no file.
-
-    Raises:
-      UserError: it is something else, which is not ours to overwrite.
-    """
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = {"run", "step", "config", "tokenizer", "seconds"}
-        if not known <= record.keys() or not hasattr(record["tasks"], "items"):
-            raise TypeError
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no record of this tool: name another --output.") from error
 
 
 def _tell(line: str) -> None:

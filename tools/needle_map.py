@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_jax.errors import UserError
+from tools.evaluate import read_record
 from tools.plot import new_figure, save_figure
 
 COLORS = "RdYlGn"
@@ -22,7 +22,9 @@ def plot_needle(file: Path, output: str | os.PathLike) -> None:
     Raises:
       UserError: no such record, none of its tasks has such rows; and as `save_figure` says.
     """
-    record = _read(file)
+    record = read_record(file)
+    if record is None:
+        raise UserError(f"--needle={file} is not there: make it by tools.evaluate.")
     grids = {label: grid for label, entry in record["tasks"].items() if (grid := accuracies(entry))}
     if not grids:
         raise UserError(
@@ -81,13 +83,3 @@ def _draw_borders(panel: Any, rows: int, columns: int) -> None:
     panel.set_yticks([y - 0.5 for y in range(1, rows)], minor=True)
     panel.grid(which="minor", color="white", linewidth=1.5)
     panel.tick_params(which="minor", length=0)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not {"run", "step"} <= record.keys() or not hasattr(record["tasks"], "items"):
-            raise TypeError
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--needle={file} is no record of tools.evaluate.") from error

@@ -179,12 +179,13 @@ def tidy(panel: Any) -> None:
 
 def by_config(folders: Sequence[Path]) -> list[list[Path]]:
     """The runs that differ in nothing but the seed of their configs, together."""
+    from llm_jax.runs import read_json
+
     groups: dict[str, list[Path]] = {}
     for folder in folders:
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} has no config.json that can be read: {error}.") from error
+        config = read_json(folder / "config.json")
+        if config is None:
+            raise UserError(f"{folder} is no run: it has no config.json.")
         config.pop("seed", None)
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(folder)
     return list(groups.values())

@@ -7,6 +7,7 @@ Legend: B batch, T time.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 
 from llm_jax.data.corpus import ComponentConfig
 from llm_jax.data.packing import DocumentRows
+from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.errors import UserError
 from llm_jax.evals.batching import padded_batches
 from llm_jax.evals.held_out import Texts, texts_by_tag
 from llm_jax.evals.objective import spread
 from llm_jax.evals.statistics import ratio
 from llm_jax.evals.subject import LogLikelihood, Subject
-from llm_jax.evals.task import TaskResult, stable_ids
+from llm_jax.evals.task import TaskResult, stable_ids, text_hash
 from llm_jax.placement import to_host
 from llm_jax.types import Batch
 
@@ -172,10 +174,11 @@ class PerplexityConfig:
     """Whole documents, each read on its own.
 
     sources: by name, which is their tag; none: what the run held out, by component of its mixture.
-    documents: of each tag at most. length: tokens of context; None: what the run was trained on. A
-    longer document is read in windows of that length. stride: tokens by which a window lies behind
-    the one before; what both hold is context to the second. None: the length, so that they share
-    nothing and the first tokens of each have little context.
+    documents: of each tag at most, those with the smallest hash of their text, so that runs which
+    held out some of the same documents read the same ones. length: tokens of context; None: what
+    the run was trained on. A longer document is read in windows of that length. stride: tokens by
+    which a window lies behind the one before; what both hold is context to the second. None: the
+    length, so that they share nothing and the first tokens of each have little context.
     """
 
     sources: tuple[ComponentConfig, ...] = ()
@@ -258,7 +261,7 @@ def _documents(texts: dict[str, Texts], most: int, subject: Subject) -> list[_Do
     """
     found: list[_Document] = []
     for tag, store in texts.items():
-        for index in spread(range(len(store)), most):
+        for index in _chosen(store, most, subject.tokenizer):
             tokens = np.asarray(store.document(index), np.int32)
             counted = np.ones(len(tokens), bool)
             if store.trained is not None:
@@ -271,6 +274,16 @@ def _documents(texts: dict[str, Texts], most: int, subject: Subject) -> list[_Do
         raise UserError("the sources hold no document with a token to count.")
     ids = stable_ids([f"{d.tag}\n{subject.tokenizer.decode(d.tokens)}" for d in found])
     return [dataclasses.replace(d, id=id) for d, id in zip(found, ids, strict=True)]
+
+
+def _chosen(store: Texts, most: int, tokenizer: Tokenizer) -> Sequence[int]:
+    """The places of those documents that are read, in the order of the store."""
+    if len(store) <= most:
+        return range(len(store))
+    places = heapq.nsmallest(
+        most, range(len(store)), key=lambda i: text_hash(tokenizer.decode(store.document(i)))
+    )
+    return sorted(places)
 
 
 def _windows(

@@ -48,11 +48,18 @@ class KeyValueConfig(LengthsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class NeedleTaskConfig(KeyValueConfig):
-    """source: of the text around the needle; None: what the run held out. distractors: needles with
-    other names in a row, as far as they fit."""
+    """source: of the text around the needle; None: what the run held out. names, answers: words in
+    use, as `data.needle.NeedleConfig` says: a run that was trained on needle rows knows those of
+    its own config. distractors: needles with other names in a row, as far as they fit."""
 
     source: str | None = None
-    distractors: int = 3
+    names: int = NeedleConfig.names
+    answers: int = NeedleConfig.answers
+    distractors: int = NeedleConfig.distractors
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "names", "answers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +94,9 @@ class VariableTrackingConfig(LengthsConfig):
 def needle_task(config: NeedleTaskConfig, subject: Subject) -> Callable[[Any], TaskResult]:
     """Retrieval over depth × length, as in `data.needle`; see `_task`."""
     text = haystack(subject, config.source)
-    settings = NeedleConfig(distractors=config.distractors)
+    settings = NeedleConfig(
+        config.names, config.answers, max_needles=1, distractors=config.distractors
+    )
 
     def rows(length: int) -> list[RecallExample]:
         made = needle_examples(

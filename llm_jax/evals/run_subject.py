@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 
 from llm_jax.data.store import TokenStore
@@ -10,7 +9,7 @@ from llm_jax.errors import UserError
 from llm_jax.evals.held_out import has_texts, held_out_stores
 from llm_jax.evals.subject import BATCH, Subject
 from llm_jax.models.heads import REWARD
-from llm_jax.runs import LoadedRun
+from llm_jax.runs import LoadedRun, read_json
 
 
 def run_subject(run: LoadedRun, log: Callable[[str], None], batch: int = BATCH) -> Subject:
@@ -38,7 +37,7 @@ def _held_out(run: LoadedRun) -> Callable[[], Mapping[str, TokenStore]] | None:
     """What the run's config says that it held out; None of a stage without texts."""
     if run.stored.published is not None:
         return None
-    config = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-    if not has_texts(config):
+    config = read_json(run.path / "config.json")
+    if config is None or not has_texts(config):
         return None
     return lambda: held_out_stores(config, run.tokenizer, run.stored.template)

@@ -73,13 +73,18 @@ class TaskKind:
     make: Callable[[Any, Subject], Callable[[Any], TaskResult]]
 
 
+def text_hash(text: str) -> str:
+    """Of the text alone, so that it is the same for every model and tokenizer."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
 def stable_ids(texts: Sequence[str]) -> list[str]:
     """A name for each text that depends on it alone, not on its place; a second equal one gets a
     number. So examples of several runs can be told to be the same."""
     seen: Counter[str] = Counter()
     names = []
     for text in texts:
-        name = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+        name = text_hash(text)
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return names

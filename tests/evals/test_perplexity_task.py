@@ -76,6 +76,19 @@ def test_a_document_has_one_id_in_every_source(told, uniform, tmp_path):
     assert len({*ids[0], *ids[1]}) == 4
 
 
+def test_runs_that_held_out_some_of_the_same_documents_read_the_same_ones(told, uniform, texts_of):
+    words = [f"document {number}" for number in range(40)]
+    ids = []
+    for texts, most in ((words, 40), (words, 8), (words[5:30], 8)):
+        subject = dataclasses.replace(told, held_out=lambda texts=texts: {"text": texts_of(*texts)})
+        made = perplexity_task(PerplexityConfig(documents=most), subject)
+        ids.append([row["id"] for row in made(uniform).examples])
+    every, more, fewer = ids
+    assert len(more) == len(fewer) == 8 and more == [id for id in every if id in more]
+    # Whatever the larger collection reads of the smaller one, the smaller one reads, too.
+    assert {*more} & {*every[5:30]} == {*more} & {*fewer} and len({*more} & {*fewer}) > 2
+
+
 def test_bad_input_is_told(told, plain_subject, tmp_path):
     with pytest.raises(UserError, match="name a source in the settings"):
         perplexity_task(PerplexityConfig(), plain_subject)

@@ -49,6 +49,18 @@ def test_a_grid_has_a_cell_for_each_depth_and_length(reader):
     assert len(set(ids)) == 24 and ids[0] == "120/0"
 
 
+def test_needles_have_as_many_answers_as_are_asked_for(reader):
+    seen = set()
+
+    def eyes(tokens, places):
+        return not seen.add(bytes(np.take(tokens, places).astype(np.uint8)))
+
+    reader.__class__ = type("Notes", (Reader,), {"eyes": staticmethod(eyes)})
+    config = recall.NeedleTaskConfig(lengths=(240,), per_cell=16, names=4, answers=3)
+    recall.needle_task(config, reader)(None)
+    assert len(seen) == 3
+
+
 def near(tokens, places):
     """Whether the value that is asked for is stated in the last 90 tokens before the question."""
     text = bytes(np.where(tokens < 256, tokens, 32).astype(np.uint8))

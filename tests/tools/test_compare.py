@@ -1,19 +1,12 @@
 """Comparing runs: closed forms of examples in pairs, tokenizers, seeds, and what is refused."""
 
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from llm_jax.config import resolved
-from llm_jax.data.packing import pack
 from llm_jax.data.tokenizers import TokenizerConfig, make_tokenizer
-from llm_jax.evals.documents import held_out, measure
-from llm_jax.evals.perplexity import evaluate_perplexity
-from llm_jax.objectives import lm
-from llm_jax.runs import load_run
 from tools.cli import run_tool
 from tools.compare.__main__ import define_flags, main
 
@@ -37,7 +30,10 @@ def write_run(tmp_path):
             label: {"task": label, "settings": {}, "metrics": {}, "examples": examples}
             for label, examples in tasks.items()
         }
-        record = {"step": 4, "tokenizer": tokenizer, "tasks": tasks}
+        record = {
+            "run": str(folder), "step": 4, "config": "c", "tokenizer": tokenizer, "seconds": 1.0,
+            "tasks": tasks,
+        }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(record))
         losses = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in losses))
@@ -116,6 +112,19 @@ def test_documents_that_only_some_have_are_left_out_and_counted(write_run, tmp_p
     assert "text bits_per_byte: 2 of 4 units are the same for all runs" in capsys.readouterr().out
 
 
+def test_parts_of_a_task_are_compared_apart(write_run, tmp_path):
+    first, second = documents([2.0, 2.0, 4.0]), documents([1.0, 3.0, 1.0])
+    for rows in (first, second):
+        for row, tag in zip(rows, ("web", "web", "code"), strict=True):
+            row["tag"] = tag
+    runs = write_run("a", {"text": first}), write_run("b", {"text": second}, x=1)
+    output = tmp_path / "c.json"
+    assert compare(*runs, f"--output={output}") == 0
+    for key, difference in (("", 1.0), ("web/", 0.0), ("code/", 3.0)):
+        one, _ = found_by(output, "text", f"{key}bits_per_byte")
+        assert one["difference"] == pytest.approx(difference) and one["lower_is_better"]
+
+
 def test_what_is_hidden_in_other_texts_is_another_example(write_run, capsys):
     rows = {"text": documents([1.0, 2.0]), "needle": [{"id": "64/0", "correct": True}]}
     runs = write_run("a", rows), write_run("b", rows, x=1)
@@ -171,7 +180,7 @@ def test_bad_input_is_one_line(write_run, tmp_path, monkeypatch, capsys, argumen
     rows = {"text": documents([1.0, 2.0])}
     for name in ("A", "B", "BAD"):
         write_run(name, rows, x=name)
-    (tmp_path / "BAD" / "evaluation.json").write_text("[]")
+    (tmp_path / "BAD" / "evaluation.json").write_text("{}")
     assert compare(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -201,44 +210,31 @@ def untrained(save_run, tiny_config, corpus, tmp_path):
     return make
 
 
-def test_sums_over_documents_are_those_of_the_evaluation(untrained):
-    run = load_run(str(untrained("a", 1)))
-    (documents,) = held_out(run).values()
-    names = sorted(documents.indices)
-    sums = measure(run, documents, names, 32, batch_size=4)
-    assert list(sums) == names
-    rows = pack(documents.store, 32, "best_fit")
-    expected = evaluate_perplexity(
-        jax.jit(functools.partial(lm.token_nats, run.model)),
-        run.params, rows, run.tokenizer.token_bytes(), batch_size=8,
-    )  # fmt: skip
-    bits = sum(one.nats for one in sums.values()) / LN_2 / sum(one.bytes for one in sums.values())
-    assert bits == pytest.approx(expected["bits_per_byte"], rel=1e-5)
-    text = run.tokenizer.decode(documents.store.document(documents.indices[names[0]]))
-    assert sums[names[0]].bytes == len(text.encode())
-    # Each document is read by itself, whatever stands beside it.
-    (alone,) = measure(run, documents, names[1:2], 32).values()
-    assert alone.nats == pytest.approx(sums[names[1]].nats, rel=1e-5)
-
-
 def test_runs_without_evaluations_are_measured_on_what_they_held_out(
     untrained, other_corpus, tmp_path, capsys
 ):
     first, second = untrained("a", 1), untrained("b", 2)
-    (first / "evaluation.json").write_text('{"step": 9, "tasks": {}}')  # of another checkpoint
+    # of another checkpoint
+    other = dict.fromkeys(("run", "config", "tokenizer", "seconds"), "") | {"step": 9, "tasks": {}}
+    (first / "evaluation.json").write_text(json.dumps(other))
     output = tmp_path / "c.json"
     assert compare(first, second, f"--output={output}", "--documents=4") == 0
-    one, record = found_by(output, "text", "bits_per_byte")
+    one, record = found_by(output, "perplexity", "bits_per_byte")
     assert one["units"] == 4 and one["low"] < one["difference"] < one["high"]
     assert {c["key"] for c in record["comparisons"]} == {"bits_per_byte", "loss"}
     printed = capsys.readouterr().out
-    assert "documents of text, 4 are measured" in printed
+    assert "held-out documents are read in windows of at most 32 tokens" in printed
     assert "evaluation.json is of checkpoint 9, not 1: it is left out" in printed
     # The same documents in other tokens.
     third = untrained("c", 3, "bpe")
     assert compare(first, third, f"--output={output}", "--documents=4") == 0
-    one, record = found_by(output, "text", "bits_per_byte")
+    one, record = found_by(output, "perplexity", "bits_per_byte")
     assert one["units"] == 4 and [c["key"] for c in record["comparisons"]] == ["bits_per_byte"]
     assert "different tokenizers" in capsys.readouterr().out
+    sums = untrained("e", 4)
+    (sums / "config.json").write_text('{"trainer": "grpo", "seed": 0}')
+    assert compare(first, sums) == 2
+    error = capsys.readouterr().err
+    assert "has no held-out texts" in error and "measure all of them by tools.evaluate" in error
     assert compare(first, untrained("d", 4, source=other_corpus)) == 2
-    assert "no held-out document in common" in capsys.readouterr().err
+    assert "the runs have no document or example in common" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from llm_jax.config import build
 from llm_jax.data.tokenizer_base import ByteTokenizer
 from llm_jax.evals.tasks import TASKS
+from llm_jax.mesh import MeshConfig, describe_hardware, make_mesh
 from llm_jax.trainers.grpo import GRPOConfig
 from tools import evaluate
 from tools.cli import run_tool
@@ -60,7 +61,7 @@ def test_a_record_has_figures_settings_and_rows(tool, tmp_path):
         str(tmp_path / "run"), 5, "pretrain",
     )  # fmt: skip
     assert record["tokenizer"] == ByteTokenizer().fingerprint and record["parameters"] > 5000
-    assert record["hardware"].endswith("x cpu")
+    assert record["hardware"] == describe_hardware(make_mesh(MeshConfig()))
     text, pairs = record["tasks"]["text"], record["tasks"]["pairs"]
     assert text["task"] == "perplexity" and text["settings"]["length"] == 32
     assert text["count"] == len(text["examples"]) == 2
@@ -122,7 +123,7 @@ def test_bad_input_is_one_line_and_harms_nothing(tool, tmp_path):
     assert "two tasks are called 'text'" in refused("--tasks=text,text")
     assert not (tmp_path / "run" / evaluate.FILE).exists()
     (tmp_path / "run" / evaluate.FILE).write_text("{}")
-    assert "is no record of this tool" in refused("--tasks=text")
+    assert "is no record of tools.evaluate" in refused("--tasks=text")
     assert "is no file in a folder" in refused("--tasks=text", "--output=nowhere/x.json")
 
 

@@ -13,6 +13,8 @@ ROWS = [
     for n, (depth, length) in enumerate([(0.0, 64), (0.5, 64), (1.0, 64), (0.0, 128)] * 3)
 ]
 
+RECORD = {"run": "runs/a", "step": 3, "config": "c", "tokenizer": "t", "seconds": 1.0}
+
 
 @pytest.fixture
 def tool(tmp_path, capsys):
@@ -33,16 +35,16 @@ def test_cells_are_shares_by_depth_and_length():
 
 def test_a_picture_is_drawn(tool, tmp_path):
     tasks = {"needle": {"examples": ROWS}, "text": {"examples": []}, "key_value": {"error": "x"}}
-    record = {"run": "runs/a", "step": 3, "tasks": tasks}
+    record = {**RECORD, "tasks": tasks}
     assert tool(record, f"--output={tmp_path}/map.png") == (0, "")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_record_without_a_grid_is_refused(tool, tmp_path):
     for record, message in [
-        ({"run": "a", "step": 3, "tasks": {}}, "has no task over depth and length"),
+        ({**RECORD, "tasks": {}}, "has no task over depth and length"),
         ({"tasks": {}}, "is no record of tools.evaluate"),
-        ([], "is no record of tools.evaluate"),
+        ([], "holds no JSON object"),
     ]:
         status, error = tool(record, f"--output={tmp_path}/map.png")
         assert status == 2 and message in error

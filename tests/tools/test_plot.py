@@ -119,7 +119,7 @@ def test_one_thing_looks_the_same_in_all_panels(workdir, figures):
         (["--workdir=nowhere", "--output=a.png"], "does not exist"),
         (["--workdir=RUN", "--output=a.png", "--keys=los"], "Did you mean 'loss'"),
         (["--workdir=RUN", "--output=a.pgn"], "Did you mean 'png'"),
-        (["--workdir=RUN", "--output=a.png", "--mean"], "has no config.json that can be read"),
+        (["--workdir=RUN", "--output=a.png", "--mean"], "is no run: it has no config.json"),
         (["--workdir=RUN", "--output=missing/a.png"], "cannot be written"),
     ],
 )

@@ -230,16 +230,47 @@ def test_a_set_of_runs_is_sorted_by_what_its_sweep_asks_for(write_run, tmp_path)
     runs = output.read_text().partition("## Runs, the best first")[2].partition("##")[0]
     order = re.findall(r"^\| (p0\.\d) \| (0\.\d) \|", runs, re.MULTILINE)
     assert order == [("p0.2", "0.2"), ("p0.1", "0.1"), ("p0.3", "0.3")]
-    points = [{"name": "p0.3", "status": "failed"}, {"name": "p0.4", "status": "waiting"}]
-    (work / "sweep.json").write_text(json.dumps({"metric": "tokens", "points": points}))
+    points = [
+        {"name": f"p{rate}", "overrides": {"rate": rate}, "status": status, "best": best,
+         "metrics": metrics}
+        for rate, status, best, metrics in (
+            (0.1, "finished", True, {"score": 9.0}), (0.2, "finished", False, {"score": 8.0}),
+            (0.3, "failed", False, {}), (0.4, "waiting", False, {}),
+        )
+    ]  # fmt: skip
+    record = {"metric": "score", "direction": "highest", "points": points}
+    (work / "sweep.json").write_text(json.dumps(record))
     assert report(work, f"--output={output}") == 0
-    runs = output.read_text().partition("## Runs, the best first")[2].partition("##")[0]
-    assert "| tokens | status |" in runs and "| failed |" in runs and "| p0.4 |" in runs
+    told = output.read_text().partition("## Points, the best first")[2].partition("##")[0]
+    assert [line.strip().partition(" | ")[2] for line in told.strip().splitlines()] == [
+        "rate | score | status |", "---: | ---: | --- |",
+        "0.1 | **9** | finished |", "0.2 | 8 | finished |",
+        "0.3 | \u2013 | failed |", "0.4 | \u2013 | waiting |",
+    ]  # fmt: skip
     assert report(work) == 0
     page = (work / "report.html").read_text()
     assert (
         page.count('style="stroke: var(--c3)"') and "var(--c4)" not in page.partition("</style>")[2]
     )
+
+
+def test_points_that_are_chains_are_told_by_what_the_sweep_knows(write_run, tmp_path):
+    work = tmp_path / "sweep"
+    points = []
+    for rate, loss in ((0.1, 2.0), (0.2, 1.0)):
+        name = f"p{rate}"
+        first = write_run(work / name / "pretrain", trainer="pretrain")
+        write_run(work / name / "sft", first, trainer="sft")
+        points.append({"name": name, "overrides": {"sft.rate": rate}, "status": "finished",
+                       "best": loss == 1.0, "metrics": {"sft/loss": loss}})  # fmt: skip
+    record = {"metric": "sft/loss", "direction": "lowest", "points": points}
+    (work / "sweep.json").write_text(json.dumps(record))
+    output = tmp_path / "sweep.md"
+    assert report(work, f"--output={output}") == 0
+    told = output.read_text().partition("## Points, the best first")[2].partition("##")[0]
+    assert [line.strip() for line in told.strip().splitlines()[2:]] == [
+        "| p0.2 | 0.2 | **1** | finished |", "| p0.1 | 0.1 | 2 | finished |",
+    ]  # fmt: skip
 
 
 def test_parameters_are_those_of_the_checkpoint(save_run, tmp_path):

@@ -271,7 +271,7 @@ def test_folders_and_files_of_other_kinds_are_refused(tmp_path, capsys):
     assert sweep(tmp_path, *grid("1.0")) == 2
     assert "is a run of its own" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
-    (tmp_path / "sweep.json").write_text("[]")
+    (tmp_path / "sweep.json").write_text("{}")
     assert sweep(tmp_path, *grid("1.0")) == 2
     assert "is no record of a sweep" in capsys.readouterr().err
     (tmp_path / "mine.py").write_text(SWEEP_FILE)

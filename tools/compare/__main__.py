@@ -5,15 +5,14 @@
 Runs whose configs differ in nothing but the seed are one model, as in tools.plot --mean. The first
 model, A, is compared with each other one, B, on the same documents or examples: those of
 RUN/evaluation.json where all runs have tasks in common, else the documents that the runs held out,
-which are then measured. The interval is that of a bootstrap in pairs over documents or examples,
-and over the seeds where there are several. Runs of different tokenizers are compared in bits per
-byte alone.
+on which they are then measured by the task "perplexity" of tools.evaluate. The interval is that of
+a bootstrap in pairs over documents or examples, and over the seeds where there are several. Runs of
+different tokenizers are compared in bits per byte alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Of two models on one measure. task: or the component of held-out documents."""
+    """Of two models on one measure, which is the key of a task."""
 
     a: str
     b: str
@@ -80,7 +79,7 @@ def main(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     models = {group_name([names[place] for place in group]): group for group in groups}
     if values.plot:
         _plot(models, folders, values.keys, values.plot)
-    measures = _measure(arguments, places, names, values.documents, notes)
+    measures = _measures(arguments, places, names, values.documents, notes)
     found = _compare(models, measures, values, notes)
     if not found:
         raise UserError(f"nothing can be compared: {'; '.join(notes)}.")
@@ -123,7 +122,7 @@ def _plot(
     plot(runs, keys, output)
 
 
-def _measure(
+def _measures(
     arguments: Sequence[str],
     places: Sequence[tuple[Path, int]],
     names: Sequence[str],
@@ -131,23 +130,19 @@ def _measure(
     notes: list[str],
 ) -> list[Measures]:
     """Of each run what evaluation.json tells, or else what it makes of its held-out documents."""
-    from tools.compare.units import of_documents, of_evaluations, read_evaluation
+    from tools.compare.units import measure, of_evaluations, read_evaluation
 
     records = [read_evaluation(path, step, notes) for path, step in places]
     found = of_evaluations(names, records, notes)
-    tokenizers = {record.get("tokenizer") for record in records}
     if not any(found):
-        from llm_jax.compilation import use_compilation_cache
-        from llm_jax.runs import load_run
-
-        use_compilation_cache()
-        runs = [load_run(argument) for argument in arguments]
-        tokenizers = {run.tokenizer.fingerprint for run in runs}
         try:
-            found = of_documents(runs, names, documents, notes)
+            records = measure(arguments, documents, notes)
         except UserError as error:
-            raise UserError(" ".join([str(error), *(f"({note}.)" for note in notes)])) from error
-    if len(tokenizers) > 1:
+            mend = "To compare such runs, measure all of them by tools.evaluate on one source."
+            told = (f"({note}.)" for note in notes)
+            raise UserError(" ".join([str(error), mend, *told])) from error
+        found = of_evaluations(names, records, notes)
+    if len({record.get("tokenizer") for record in records}) > 1:
         notes.append("the runs have different tokenizers: only bits per byte can be compared")
     return found
 
@@ -160,8 +155,8 @@ def _compare(
 ) -> list[Comparison]:
     """The first model with each other one, on each measure."""
     from llm_jax.evals.bootstrap import compare
+    from llm_jax.measures import best_end
     from tools.compare.units import paired
-    from tools.measures import lower_is_better
 
     found = []
     first, *others = models
@@ -177,7 +172,7 @@ def _compare(
                 resamples=values.resamples,
                 seed=values.seed,
             )
-            found.append(Comparison(first, other, task, key, lower_is_better(key), difference))
+            found.append(Comparison(first, other, task, key, best_end(key) == "lowest", difference))
     return found
 
 
@@ -187,11 +182,12 @@ def _differences(
     """The settings in which the models differ; of each its first seed's."""
     from llm_jax.checkpoint import newest_meta
     from llm_jax.config import differences, used
+    from llm_jax.runs import read_json
 
     configs = []
     for group in models.values():
         path, _ = places[group[0]]
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json") or {}
         _, meta = newest_meta(path) or (0, {})
         configs.append(used(config, meta))
     changed = differences(configs)

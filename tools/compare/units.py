@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from llm_jax.errors import UserError
 from llm_jax.evals.bootstrap import Sample
-
-if TYPE_CHECKING:
-    from llm_jax.runs import LoadedRun
 
 # A measure is Σ amounts / Σ sizes over units, which have the same names for every model.
 Units = dict[str, tuple[float, float]]
-Measures = dict[tuple[str, str], Units]  # by task, or component of held-out documents, and key
+Measures = dict[tuple[str, str], Units]  # by task and key, or TAG/KEY for a part of its examples
 
 BITS_PER_BYTE, LOSS = "bits_per_byte", "loss"
 LN_2 = math.log(2)
@@ -38,28 +35,25 @@ def read_evaluation(path: Path, step: int, notes: list[str]) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    file = path / "evaluation.json"
-    if not file.exists():
+    from llm_jax.runs import read_json
+    from tools.evaluate import FILE, read_record
+
+    file = path / FILE
+    record = read_record(file)
+    if record is None:
         return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        record["tasks"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is no record of tools.evaluate ({error}): make it anew, or delete it."
-        ) from error
-    if record.get("step") != step:
-        notes.append(f"{file} is of checkpoint {record.get('step')}, not {step}: it is left out")
+    if record["step"] != step:
+        notes.append(f"{file} is of checkpoint {record['step']}, not {step}: it is left out")
         return {}
-    result = path / "result.json"
-    hashes = json.loads(result.read_text("utf-8")).get("hashes", {}) if result.exists() else {}
+    hashes = (read_json(path / "result.json") or {}).get("hashes", {})
     return {**record, "data": hashes.get("data", str(path))}
 
 
 def of_evaluations(
     names: Sequence[str], records: Sequence[Mapping[str, Any]], notes: list[str]
 ) -> list[Measures]:
-    """Of each run, the measures of the tasks that all have with the same settings, by example.
+    """Of each run, the measures of the tasks that all have with the same settings, by example; and
+    those of each tag's examples apart, where there are several tags.
 
     Runs of several tokenizers are left their bits per byte alone: nats over tokens, and what is
     read or answered in tokens, is not the same measure for both.
@@ -70,7 +64,7 @@ def of_evaluations(
     found: list[Measures] = [{} for _ in records]
     for label in sorted(labels):
         tasks = [record["tasks"][label] for record in records]
-        failed = [name for name, task in zip(names, tasks, strict=True) if "error" in task]
+        failed = [f"{n} ({t['error']})" for n, t in zip(names, tasks, strict=True) if "error" in t]
         if failed:
             notes.append(f"the task {label} failed in {', '.join(failed)}: it is left out")
             continue
@@ -81,62 +75,48 @@ def of_evaluations(
             notes.append(f"the task {label} reads what each run held out, and they differ in that")
             continue
         for measures, task in zip(found, tasks, strict=True):
-            for example in task.get("examples", []):
-                for key, amount, size in _scores(example):
+            examples = task.get("examples", [])
+            several_tags = len({example.get("tag") for example in examples}) > 1
+            for example in examples:
+                parts = ("", f"{example['tag']}/") if several_tags else ("",)
+                for part, (key, *sums) in itertools.product(parts, _scores(example)):
                     if one_tokenizer or key == BITS_PER_BYTE:
-                        measures.setdefault((label, key), {})[str(example["id"])] = amount, size
+                        units = measures.setdefault((label, part + key), {})
+                        units[str(example["id"])] = sums[0], sums[1]
     return found
 
 
-def of_documents(
-    runs: Sequence[LoadedRun], names: Sequence[str], most: int, notes: list[str]
-) -> list[Measures]:
-    """Of each run, its measures on the held-out documents that all have, by document.
+def measure(arguments: Sequence[str], documents: int, notes: list[str]) -> list[dict[str, Any]]:
+    """Of each run the record that tools.evaluate makes of the documents it held out, read in
+    windows of the shortest length that one of them was trained on.
 
     Args:
-      most: documents of each component; those of the smallest hash are taken.
+      documents: of each component at most.
 
     Raises:
-      UserError: a run that held out no texts, or no document that all have.
+      UserError: a run that held out no texts, or whose sources cannot be read any more.
     """
-    from llm_jax.evals.documents import held_out, measure
+    import jax
 
-    documents = [held_out(run) for run in runs]
-    one_tokenizer = len({run.tokenizer.fingerprint for run in runs}) == 1
-    length = min(int(run.meta.get("length", run.model.config.max_length)) for run in runs)
-    found: list[Measures] = [{} for _ in runs]
-    for component in dict.fromkeys(name for held in documents for name in held):
-        held = [of_run[component] for of_run in documents if component in of_run]
-        if len(held) < len(runs):
-            notes.append(f"not all runs held out {component}: it is left out")
-            continue
-        common = sorted(set.intersection(*(set(each.indices) for each in held)))
-        for name, each in zip(names, held, strict=True):
-            if len(common) < len(each.indices):
-                notes.append(
-                    f"of the {len(each.indices):,} documents of {component} that {name} held out, "
-                    f"all runs have {len(common):,}: these are compared"
-                )
-        if not common:
-            continue
-        if len(common) > most:
-            notes.append(f"of {len(common):,} documents of {component}, {most:,} are measured")
-        for run, each, measures in zip(runs, held, found, strict=True):
-            sums = measure(run, each, common[:most], length)
-            measures[component, BITS_PER_BYTE] = {
-                name: (one.nats / LN_2, one.bytes) for name, one in sums.items()
-            }
-            if one_tokenizer:
-                measures[component, LOSS] = {
-                    name: (one.nats, one.tokens) for name, one in sums.items()
-                }
-    if not any(found):
-        raise UserError(
-            f"{' and '.join(names)} have no held-out document in common: compare runs that were "
-            "trained on the same data, or measure them by tools.evaluate on one source."
-        )
-    notes.append(f"documents are read in pieces of at most {length:,} tokens")
-    return found
+    from llm_jax.compilation import use_compilation_cache
+    from llm_jax.evals.run_subject import run_subject
+    from llm_jax.evals.task import TaskTerm
+    from llm_jax.evals.tasks import make_tasks
+    from llm_jax.runs import load_run
+    from llm_jax.stored import find
+    from tools.evaluate import evaluate
+
+    use_compilation_cache()
+    every = [find(argument) for argument in arguments]
+    length = min(min(s.meta.get("length", s.model.max_length), s.model.max_length) for s in every)
+    term = TaskTerm("perplexity", settings={"documents": documents, "length": length})
+    records = []
+    for argument in arguments:  # one after the other, so that one at a time is in memory
+        run = load_run(argument)
+        with jax.set_mesh(run.mesh):
+            records.append(evaluate(run, make_tasks((term,), run_subject(run, notes.append))))
+    notes.append(f"held-out documents are read in windows of at most {length:,} tokens")
+    return records
 
 
 def paired(
@@ -149,6 +129,9 @@ def paired(
     """
     runs = [measures.get(key, {}) for group in groups for measures in group]
     common = sorted(set.intersection(*(set(units) for units in runs)))
+    if not common:
+        notes.append(f"{' '.join(key)}: the runs have no document or example in common")
+        return None
     same = [name for name in common if len({units[name][1] for units in runs}) == 1]
     most = max(len(units) for units in runs)
     if len(same) < most:

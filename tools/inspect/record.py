@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from llm_jax.console import align, clock_time
 from llm_jax.errors import UserError
 from llm_jax.models import ModelConfig
 from llm_jax.models.size import parameter_count
+from llm_jax.runs import read_json
 from llm_jax.stored import Stored
 
 CONTRACT = ("config.json", "tokenizer", "checkpoints", "metrics.jsonl", "result.json")
@@ -21,8 +21,8 @@ WRITING = ".orbax-checkpoint-tmp"  # in the names of folders that are not rename
 
 def describe(stored: Stored) -> list[str]:
     """Everything but checkpoints and parameters, a line or a few for each."""
-    config = None if stored.published else read_json(stored.path / "config.json")
-    result = None if stored.published else read_json(stored.path / "result.json")
+    config = None if stored.published else _read(stored.path / "config.json")
+    result = None if stored.published else _read(stored.path / "result.json")
     facts = [
         (stored.name, _status(stored, result)),
         ("model", _model(stored.model)),
@@ -37,13 +37,12 @@ def describe(stored: Stored) -> list[str]:
     return [*lines, "", "lineage", *align(list(_lineage(stored, result)))]
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file of the run holds; None where it is not there or cannot be read."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file of a run holds; None where it is not there or cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _status(stored: Stored, result: dict[str, Any] | None) -> str:
@@ -118,7 +117,7 @@ def _lineage(stored: Stored, result: dict[str, Any] | None) -> Iterator[Sequence
     yield "  stage", "run", "step", "config", "data", "tokenizer"
     for entry in stored.lineage:
         own = entry["run"] == str(stored.path)
-        found = result if own else read_json(Path(entry["run"]) / "result.json")
+        found = result if own else _read(Path(entry["run"]) / "result.json")
         hashes = (found or {}).get("hashes", {})
         gone = "" if Path(entry["run"]).exists() else " (not there)"
         yield (

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from llm_jax.errors import UserError
+from tools import pages
 from tools.cli import run_tool
 
 if TYPE_CHECKING:
@@ -65,17 +66,8 @@ def main(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 def render(page: Page, template: str) -> str:
     """The page by a template of this package. What is put into HTML is escaped."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tools.report"),
-        autoescape=".html." in template,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"cell": _markdown_cell, "fence": _markdown_fence}
-    return environment.get_template(template).render(page=page)
+    filters = {"cell": _markdown_cell, "fence": _markdown_fence}
+    return pages.render("tools.report", template, {"page": page}, filters)
 
 
 def _markdown_cell(text: str) -> str:

@@ -7,7 +7,7 @@ from tools.report.content import Page, anchor
 from tools.report.graph import Edge, Graph, Node, lay_out
 from tools.report.reading import Collection
 from tools.report.sections import make_section
-from tools.report.sets import set_charts, set_tables
+from tools.report.sets import entries_table, set_charts, set_tables
 from tools.report.tables import (
     cost_table,
     evaluation_table,
@@ -25,6 +25,7 @@ def make_page(collection: Collection, price_per_device_hour: float | None = None
     runs, price = collection.runs, price_per_device_hour
     is_sweep = collection.kind == "sweep"
     tables = [
+        entries_table(collection) if is_sweep or collection.sweep else None,
         *(set_tables(collection) if is_sweep else ()),
         evaluation_table(runs),
         yardstick_table(collection.measured),

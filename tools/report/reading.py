@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llm_jax.binding import binding
 from llm_jax.config import digest, flatten
 from llm_jax.errors import UserError
+from llm_jax.runs import read_json
 
 DEPTH = (
     2  # folders below the given one in which runs are looked for: a sweep's points may be chains
@@ -279,15 +280,10 @@ def _oldest_first(runs: Sequence[Run], links: Sequence[Link]) -> tuple[Run, ...]
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is no object")
-        return value
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read: {error}")
+        return read_json(path) or {}
+    except UserError as error:
+        problems.append(f"{error}".rstrip("."))
         return {}
 
 

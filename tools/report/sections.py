@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llm_jax.config import ABSENT, differences, used
-from tools.measures import is_figure
+from llm_jax.measures import is_figure
 from tools.report import words
 from tools.report.charts import COLORS, Chart, Series, draw
 from tools.report.content import Cell, Section, Table, anchor, make_table

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llm_jax.errors import UserError
-from tools.measures import higher_is_better, is_figure, lower_is_better
+from llm_jax.measures import best_end, is_figure
 from tools.report import words
 from tools.report.content import Cell, Table, anchor, make_table
 from tools.report.reading import Run, is_finite
@@ -131,9 +131,10 @@ def evaluation_table(runs: Sequence[Run]) -> Table | None:
 
 def _best(key: str, values: Sequence[float]) -> float | None:
     """The best of several values that are not all the same, where it is known which is better."""
-    if len(set(values)) < 2 or not (lower_is_better(key) or higher_is_better(key)):
+    end = best_end(key)
+    if len(set(values)) < 2 or end is None:
         return None
-    return min(values) if lower_is_better(key) else max(values)
+    return min(values) if end == "lowest" else max(values)
 
 
 def yardstick_table(measured: Sequence[dict[str, Any]]) -> Table | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from llm_jax.errors import UserError
+from tools import pages
 from tools.show.text import visible
 
 if TYPE_CHECKING:
@@ -139,21 +139,16 @@ def summary(text: WindowedText, predictions: Predictions) -> str:
 
 def render(run: LoadedRun, text: WindowedText, predictions: Predictions, name: str) -> str:
     """The page."""
-    import jinja2
-
-    template = importlib.resources.files("tools.show").joinpath(PAGE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     highest = math.log(run.tokenizer.vocab_size)
-    return environment.from_string(template).render(
-        name=name,
-        run=run.stored.name,
-        notes=[text.describe(), summary(text, predictions), *_warnings(text)],
-        highest=f"{highest:.1f}",
-        vocabulary=f"{run.tokenizer.vocab_size:,}",
-        tokens=list(_tokens(text, predictions, run.tokenizer, highest)),
-    )
+    values = {
+        "name": name,
+        "run": run.stored.name,
+        "notes": [text.describe(), summary(text, predictions), *_warnings(text)],
+        "highest": f"{highest:.1f}",
+        "vocabulary": f"{run.tokenizer.vocab_size:,}",
+        "tokens": list(_tokens(text, predictions, run.tokenizer, highest)),
+    }
+    return pages.render("tools.show", PAGE, values)
 
 
 def _warnings(text: WindowedText) -> Iterator[str]:

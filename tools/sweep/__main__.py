@@ -35,7 +35,8 @@ from llm_jax.errors import UserError, did_you_mean
 from tools.cli import run_tool, split_overrides
 
 if TYPE_CHECKING:
-    from llm_jax.sweep import Direction, Sweep
+    from llm_jax.measures import Direction
+    from llm_jax.sweep import Sweep
     from tools.sweep.outcome import Outcome
 
 EMITS = ("shell", "slurm", "jobset", "table")

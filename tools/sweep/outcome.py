@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax.sweep import SEED, Direction
+from llm_jax.evals.statistics import mean
+from llm_jax.measures import Direction
+from llm_jax.runs import read_json
+from llm_jax.sweep import SEED
 from tools.sweep.points import Point
 
 WAITING, RUNNING, FINISHED, STOPPED, FAILED = "waiting", "running", "finished", "stopped", "failed"
@@ -78,7 +81,9 @@ def group_seeds(outcomes: Sequence[Outcome], metric: str, direction: Direction) 
     for members in together.values():
         rest = {key: value for key, value in members[0].point.overrides.items() if key != SEED}
         values = [value for member in members if (value := member.metric(metric)) is not None]
-        groups.append(Group(rest, tuple(members), *_mean_and_error(values)))
+        found = mean("metric", values)
+        error = found.get("metric_stderr")
+        groups.append(Group(rest, tuple(members), found.get("metric"), error))
     means = [group.mean for group in groups if group.mean is not None]
     if not means:
         return groups
@@ -112,20 +117,9 @@ def _last_step(path: Path) -> int | None:
 
 
 def _read_run(point: Point, folder: Path) -> Outcome:
-    path = folder / "result.json"
-    if not path.exists():
+    result = read_json(folder / "result.json")
+    if result is None:
         step = _last_step(folder / "metrics.jsonl")
         return Outcome(point, WAITING if step is None else STOPPED, step)
-    result = json.loads(path.read_text(encoding="utf-8"))
     status = FINISHED if result["status"] == "finished" else STOPPED
     return Outcome(point, status, result["step"], result["seconds"], result["metrics"])
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    if not values:
-        return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))

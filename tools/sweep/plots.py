@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.measures import Direction
 from llm_jax.metrics import read_metrics_file
-from llm_jax.sweep import SEED, Direction, Overrides, Sweep
+from llm_jax.sweep import SEED, Overrides, Sweep
 from tools import plot
 from tools.sweep.outcome import FINISHED, Group, Outcome, group_seeds
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from llm_jax.config import build, digest, resolved
 from llm_jax.errors import UserError, did_you_mean
 from llm_jax.main import check_file, parse
 from llm_jax.recipe import RECIPE, STAGES
+from llm_jax.runs import read_json
 from llm_jax.sweep import Overrides, Sweep, name_points, parse_grid
 from llm_jax.trainers import TRAINERS
 
@@ -105,12 +105,12 @@ def check_folders(points: Sequence[Point], workdir: Path) -> None:
 def read_record(workdir: Path) -> dict[str, str]:
     """The hashes of points by name, as the sweep has written them down before."""
     path = workdir / RECORD
-    if not path.exists():
+    written = read_json(path)
+    if written is None:
         return {}
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
         return {point["name"]: point["hash"] for point in written["points"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a sweep: use another --workdir.") from error
 
 
