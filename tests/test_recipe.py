@@ -158,6 +158,7 @@ def rounds(config, chats, tmp_path):
     return run_rounds
 
 
+@pytest.mark.slow
 def test_rounds_log_their_gains_and_start_from_the_best(rounds, tmp_path, capsys):
     begun = rounds(0.5, 0.25, 0.75)
     assert [line.rpartition("/")[2] for line in begun[1:]] == ["first", "second", "second"]

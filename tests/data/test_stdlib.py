@@ -103,6 +103,7 @@ def test_docstrings_are_told_once(library):
     assert "Parrot" in without and "colour" in without and "Pass()" in without
 
 
+@pytest.mark.slow
 def test_the_corpus_of_this_installation():
     documents = stdlib_documents()
     texts = [document.text for document in documents]

@@ -42,7 +42,8 @@ def test_layers_are_told_once():
 
 
 @pytest.mark.parametrize("name, chips, gib", [
-    ("llama3.1-8b", 8, 3.74), ("llama3.1-70b", 64, 4.11), ("llama3.1-405b", 512, 2.97),
+    ("llama3.1-8b", 8, 3.74), ("llama3.1-70b", 64, 4.11),
+    pytest.param("llama3.1-405b", 512, 2.97, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_published_models_are_planned_for_pods(name, chips, gib):
     planned = plan(PUBLISHED[name], MeshConfig(fsdp=chips))

@@ -94,6 +94,7 @@ def test_matmul_flops_of_every_size_and_dtype():
 # --- train ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_takes_two_settings_in_turn(bench, tmp_path):
     output = tmp_path / "result.json"
     status, out, err = bench(

@@ -89,6 +89,7 @@ def test_adapters_learn_too(distilled):
     assert find(str(run.workdir)).model.lora.rank == 2
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_round_ends_bit_for_bit_as_if_it_had_not_been(
     distilled, sections, configure, run_on, opened, killed_at, tmp_path
 ):

@@ -54,6 +54,7 @@ def test_the_result_says_where_it_comes_from(trained, pretrained, opened):
 
 
 # Compiled for as many devices, answers and all.
+@pytest.mark.slow
 def test_answers_are_measured_on_many_devices(start, opened):
     run = opened(start(
         "sft", devices=8, phases=(PhaseConfig(length=32, batch=8, steps=1),),
@@ -88,6 +89,7 @@ def stopping_at(step):
     return mock.patch.object(OfflineSource, "next", next_batch)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_adapters_ends_bit_for_bit_as_if_it_had_not_been(
     start, configure, run_on, opened, killed_at, tmp_path
 ):
