@@ -1,4 +1,4 @@
-"""What is kept of Adam's second moment between two steps, where it is fewer bits than are computed.
+"""How moments are kept between two steps: in fewer bits than are computed, or on the host.
 
 ν ← b2 · ν + (1 − b2) · g² moves ν by a small share of itself. bfloat16 has 8 significant bits, so a
 rounding to the nearest number undoes every change of less than 1/512 to 1/256 of ν: with b2 = 0.999
@@ -51,3 +51,25 @@ def round_to_bfloat16(x: jax.Array, rng: jax.Array) -> jax.Array:
     bits += jax.random.bits(rng, x.shape, jnp.uint16).astype(jnp.uint32)
     upper = (bits >> 16).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+def keep_on_host(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the arrays of `inner`'s state, scalars aside, in the host's memory between updates.
+
+    Inside a jitted function only; `init` says by its results' memory spaces where they live.
+    """
+
+    def moved(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+    def init(params: Any) -> Any:
+        return moved(inner.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        state = moved(state, jax.memory.Space.Device)
+        updates, state = inner.update(updates, state, params, **extra)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformationExtraArgs(init, update)

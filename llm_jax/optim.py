@@ -23,7 +23,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from llm_jax import mup
 from llm_jax.errors import UserError, did_you_mean
-from llm_jax.moments import keep_second_moment_in_bfloat16
+from llm_jax.moments import keep_on_host, keep_second_moment_in_bfloat16
 
 OptimizerName = Literal["adamw", "lion", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
@@ -245,28 +245,6 @@ def scale_by_negative_learning_rate() -> optax.GradientTransformationExtraArgs:
         return optax.tree.scale(-learning_rate, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def keep_on_host(
-    inner: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Keeps the arrays of `inner`'s state, scalars aside, in the host's memory between updates.
-
-    Inside a jitted function only; `init` says by its results' memory spaces where they live.
-    """
-
-    def moved(state: Any, space: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
-
-    def init(params: Any) -> Any:
-        return moved(inner.init(params), jax.memory.Space.Host)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        state = moved(state, jax.memory.Space.Device)
-        updates, state = inner.update(updates, state, params, **extra)
-        return updates, moved(state, jax.memory.Space.Host)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class AverageState(NamedTuple):
