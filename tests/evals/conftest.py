@@ -34,7 +34,7 @@ def uniform(params):
     return jax.tree.map(jnp.zeros_like, params)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # what follows the module must not find its mesh entered
 def plain_subject():
     """A model without a chat template; it writes lines for the user nowhere."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -42,7 +42,7 @@ def plain_subject():
         yield Subject("the model", MODEL, ByteTokenizer(), None, mesh, 64, lambda line: None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def subject(plain_subject):
     """The same with a chat template."""
     return dataclasses.replace(plain_subject, template=TEMPLATES["chatml"])
