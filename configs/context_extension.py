@@ -99,11 +99,10 @@ def _preset(size):
 def _default():
     return defaults(
         PretrainConfig,
-        # Norms on queries and keys, and Muon: without them a model of this size copies one of the
-        # values that it sees for thousands of steps before it looks at the names.
         model=ModelConfig(
-            embed_dim=96, num_layers=2, num_heads=2, mlp_dim=256, max_length=1024, qk_norm="head"
-        ),
+            embed_dim=96, num_layers=2, num_heads=2, mlp_dim=256, max_length=1024, qk_norm="head",
+            attention_pattern=("local", "global"), window=8,
+        ),  # fmt: skip
         tokenizer=TokenizerConfig(vocab_size=1024),
         # Answers weigh ten times as much as text. The first phase is needle rows alone, full of
         # questions: retrieval has to be there before text competes with it.
