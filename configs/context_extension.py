@@ -2,8 +2,9 @@
 
     python -m llm_jax.main --config=configs/context_extension.py
 
-About five minutes on two fast cores. The first gate holds, at a needle accuracy of about 0.8,
-and opens above 0.9; the run ends at length 1024 with accuracy 0.99 and 1.81 bits per byte.
+About five minutes on two fast cores. With seed 0 the needle is found at step 200 (accuracy 0.96),
+and the run ends at length 1024 with accuracy 1.00 and 1.56 bits per byte. Whether it is found does
+not hang on the seed: of the seeds 0 to 5, five were above 0.9 at step 200 and the sixth at 250.
 
 The shape is that of the Llama 3 report (arXiv:2407.21783, section 3.4.2): the last length is
 sixteen times the first, the RoPE base grows on the way, and a phase ends only when short-context
@@ -99,10 +100,20 @@ def _preset(size):
 def _default():
     return defaults(
         PretrainConfig,
-        # Norms on queries and keys, and Muon: without them a model of this size copies one of the
-        # values that it sees for thousands of steps before it looks at the names.
+        # To match names takes two layers (Olsson et al. 2022, "In-context Learning and Induction
+        # Heads"): the first writes to a value which name stands before it, the second looks for the
+        # name. A first layer that sees eight tokens has little else to write, from the first step
+        # on. One that sees the whole row has to learn where to look while nothing reads it yet:
+        # then the model still copied any value in sight at step 1,900.
         model=ModelConfig(
-            embed_dim=96, num_layers=2, num_heads=2, mlp_dim=256, max_length=1024, qk_norm="head"
+            embed_dim=96,
+            num_layers=2,
+            num_heads=2,
+            mlp_dim=256,
+            max_length=1024,
+            qk_norm="head",
+            attention_pattern=("local", "global"),
+            window=8,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
         # Answers weigh ten times as much as text. The first phase is needle rows alone, full of

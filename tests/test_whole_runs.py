@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from llm_jax.metrics import read_metrics_file
+from llm_jax.recipe import load_config
+from llm_jax.run import run
 from llm_jax.runs import load_run
 
 pytestmark = pytest.mark.slow
@@ -60,6 +63,19 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_parameters(whole_run, 
         np.testing.assert_array_equal(leaf, found, err_msg=message)
     results = [json.loads((run / "result.json").read_text()) for run in (whole_run, workdir)]
     assert results[0]["hashes"] == results[1]["hashes"]
+
+
+def test_the_context_is_extended_from_a_model_that_matches_names(tmp_path):
+    config = load_config(Path("configs/context_extension.py"))
+    config.phases = config.phases[:1]
+    config.phases[0].gate.max_extra_steps = 0
+    config.sample.max_new_tokens = 0
+    config.seed = 1  # not the one that the README shows
+    assert run(config, tmp_path) == 0
+    records = read_metrics_file(tmp_path / "metrics.jsonl")
+    accuracies = [r["eval/needle/accuracy"] for r in records if "eval/needle/accuracy" in r]
+    # A model that copies any of the four values in sight is right once in four times.
+    assert len(accuracies) == 3 and accuracies[0] < 0.6 and accuracies[-1] > 0.85
 
 
 def test_the_chain_of_stages_gains_on_what_is_held_out(tmp_path):
