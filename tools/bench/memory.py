@@ -23,6 +23,13 @@ from tools.bench.summary import tell, write_json
 from tools.bench.train import DEFAULT_CONFIG, Setting
 
 AT_ONCE = "step.micro_batch_tokens=1000000"
+# glibc keeps what is freed for later; here it gives that back, so that a process is as large as what
+# it holds.
+RETURN_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 CASES = (
     "model.remat=none",
     "model.remat=full",
@@ -60,7 +67,7 @@ def main(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def _ask(config: str, case: Setting, overrides: list[str]) -> dict[str, Any]:
-    environment = {"JAX_PLATFORMS": "cpu", **case.environment}
+    environment = {"JAX_PLATFORMS": "cpu", **RETURN_MEMORY, **case.environment}
     # Layers are stacked, as large models train; XLA's CPU backend undoes the recomputation of
     # others, and keeps what remat would drop.
     defaults = ["--config.model.scan_layers=True", f"--config.{AT_ONCE}"]
