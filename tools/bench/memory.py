@@ -23,8 +23,8 @@ from tools.bench.summary import tell, write_json
 from tools.bench.train import DEFAULT_CONFIG, Setting
 
 AT_ONCE = "step.micro_batch_tokens=1000000"
-# glibc keeps what is freed for later; here it gives that back, so that a process is as large as what
-# it holds.
+# glibc keeps what is freed for later; here it gives that back, so that a process is as large as
+# what it holds.
 RETURN_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
