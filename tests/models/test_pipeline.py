@@ -172,13 +172,13 @@ def alone(config):
     return gradients_on(config, ONE)[0]
 
 
-def assert_same(found, expected):
-    """1e-5 of a leaf's largest value: float32 sums in another order."""
+def assert_same(found, expected, tolerance=1e-5):
+    """Within a share of a leaf's largest value: float32 sums in another order."""
     leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
         scale = max(np.abs(wanted).max(), 1e-3)
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(leaf, wanted, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
 PATTERN = {"attention_pattern": ("local", "global"), "window": 4}
@@ -216,7 +216,8 @@ def case(name):
 ])  # fmt: skip
 def test_loss_metrics_and_gradients_are_those_of_one_device(name):
     found, _, config = case(name)
-    assert_same(found, alone(config))
+    # DoRA's gradient is what a projection leaves of a larger one (arXiv:2402.09353).
+    assert_same(found, alone(config), tolerance=2e-5 if config.lora else 1e-5)
 
 
 def collectives(program, kind):
