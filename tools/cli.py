@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -64,6 +65,30 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that are no overrides of a config (--config.a.b=1), and those that are."""
     overrides = [a for a in arguments if a.lstrip("-").startswith(("config.", "config["))]
     return [a for a in arguments if a not in overrides], overrides
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """
+    Raises:
+      UserError: one of the flags is not given.
+    """
+    for name in names:
+        if values[name].value in (None, "", []):
+            raise UserError(f"--{name} is required.")
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+      UserError: it is a folder, or in none that there is.
+    """
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output={output} is no file in a folder that there is: name one.")
+
+
+def to_stderr(line: str) -> None:
+    """Tells the person at the terminal, past what a tool prints as its result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_command(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError, did_you_mean, one_line
-from tools.cli import run_tool, split_overrides
+from tools.cli import check_output, run_tool, split_overrides, to_stderr
 
 if TYPE_CHECKING:
     from llm_jax.evals.task import Task, TaskTerm
@@ -65,7 +65,7 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> int:
     run = load_run(values.workdir)
     output = _output(values.output, run)
     with jax.set_mesh(run.mesh):
-        subject = run_subject(run, _tell, values.batch)
+        subject = run_subject(run, to_stderr, values.batch)
         tasks = make_tasks([known[name] for name in values.tasks], subject)
         record = evaluate(run, tasks)
     write(output, record)
@@ -214,8 +214,7 @@ def _output(given: str | None, run: LoadedRun) -> Path:
       UserError: nothing can be written there, or something else is.
     """
     output = Path(given) if given else run.path / FILE
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output={output} is no file in a folder that there is: name one.")
+    check_output(output)
     read_record(output)  # something else is not ours to overwrite
     return output
 
@@ -225,10 +224,6 @@ def _of_one_checkpoint(first: Mapping[str, Any], second: Mapping[str, Any]) -> b
     names = ("step", "config", "tokenizer")
     runs = [Path(record["run"]).resolve() for record in (first, second)]
     return runs[0] == runs[1] and all(first[name] == second[name] for name in names)
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError
-from tools.cli import run_tool
+from tools.cli import require, run_tool
 from tools.dataset import new_file, write_dataset
 from tools.sampling import run_template
 
@@ -98,9 +98,7 @@ def main(values: flags.FlagValues) -> None:
 
 def _check(values: flags.FlagValues) -> None:
     """Refuses what can be refused before anything is loaded."""
-    for name in ("policy", "prompts", "mode", "output"):
-        if not values[name].value:
-            raise UserError(f"--{name} is required.")
+    require(values, "policy", "prompts", "mode", "output")
     for name in ("rows", "rounds", "max_new_tokens", "batch", "concurrency"):
         value = getattr(values, name)
         if value is not None and value < 1:

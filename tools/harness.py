@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError
-from tools.cli import run_tool
+from tools.cli import check_output, run_tool, to_stderr
 
 if TYPE_CHECKING:
     from llm_jax.runs import LoadedRun
@@ -67,7 +67,7 @@ def main(values: flags.FlagValues) -> None:
     output = _output(values.output, run)
     with jax.set_mesh(run.mesh):
         results = run_harness(
-            run_subject(run, _tell, values.batch),
+            run_subject(run, to_stderr, values.batch),
             run.params,
             values.tasks,
             include_path=values.include_path,
@@ -114,8 +114,7 @@ def _output(given: str | None, run: LoadedRun) -> Path:
     if given is None:
         return run.path / f"harness_{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     output = Path(given)
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output={output} is no file in a folder that there is: name one.")
+    check_output(output)
     try:
         is_ours = not output.exists() or "results" in json.loads(output.read_text("utf-8"))
     except (OSError, ValueError, TypeError):
@@ -131,10 +130,6 @@ def _plain(record: Mapping[str, Any]) -> Any:
 
     text = json.dumps(record, default=handle_non_serializable)
     return json.loads(text, parse_constant=lambda constant: None)
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError, disk_errors
-from tools.cli import run_tool
+from tools.cli import require, run_tool, to_stderr
 from tools.sampling import Speaker, define_speaker_flags, load_speaker, make_sampler
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def sample(
     source = stored.find(values.workdir)
     count = len(data.train) if values.rows is None else min(values.rows, len(data.train))
     rollout = RolloutConfig(values.samples, values.max_new_tokens, slots=values.batch)
-    policy = Policy(tokenizer, speaker.mesh, _tell, template)
+    policy = Policy(tokenizer, speaker.mesh, to_stderr, template)
     scorer = Scorer(terms, values.max_reward_failures, policy)
     selection = SelectionConfig(values.keep, values.threshold, values.margin, tuple(values.earlier))
     lineage = _lineage(source, values, terms, sampler, data)
@@ -152,15 +152,13 @@ def sample(
         )
         totals.append(scores.total.reshape(len(prompts), -1))
         selected, pairs = selected + chosen.chosen, pairs + chosen.pairs
-        _tell(f"{begin + len(prompts):,} prompts: {selected:,} answers chosen, {pairs:,} pairs")
+        to_stderr(f"{begin + len(prompts):,} prompts: {selected:,} answers chosen, {pairs:,} pairs")
     return np.concatenate(totals)
 
 
 def _check(values: flags.FlagValues) -> None:
     """Refuses what can be refused before anything is loaded."""
-    for name in ("workdir", "data", "rewards", "output"):
-        if not values[name].value:
-            raise UserError(f"--{name} is required.")
+    require(values, "workdir", "data", "rewards", "output")
     for name in ("samples", "max_new_tokens", "keep", "batch", "rows"):
         value = values[name].value
         if value is not None and value < 1:
@@ -200,7 +198,7 @@ def _prompts(speaker: Speaker, values: flags.FlagValues) -> PromptData:
     data = PromptData(
         config, speaker.chat_template, speaker.tokenizer, longest=longest, seed=values.seed
     )
-    _tell(data.describe())
+    to_stderr(data.describe())
     return data
 
 
@@ -240,10 +238,6 @@ def _lineage(
 
 def _extended(scorer: Scorer, scores: Scores, further: Sequence[Sample]) -> np.ndarray:
     return scorer.extend(scores, further).total
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

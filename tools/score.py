@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError
-from tools.cli import run_tool
+from tools.cli import require, run_tool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,9 +51,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(values: flags.FlagValues) -> None:
-    for name in ("workdir", "input", "output"):
-        if not values[name].value:
-            raise UserError(f"--{name} is required.")
+    require(values, "workdir", "input", "output")
     if values.batch < 1:
         raise UserError(f"--batch={values.batch} must be at least 1.")
     import jax

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llm_jax.errors import UserError
-from tools.cli import run_tool
+from tools.cli import require, run_tool
 from tools.dataset import new_file, write_dataset
 from tools.sampling import define_sampling_flags, make_sampler, run_template
 
@@ -78,9 +78,7 @@ def main(values: flags.FlagValues) -> None:
 
 def _check(values: flags.FlagValues) -> None:
     """Refuses what can be refused before anything is loaded."""
-    for name in ("workdir", "rows", "output"):
-        if values[name].value in (None, ""):
-            raise UserError(f"--{name} is required.")
+    require(values, "workdir", "rows", "output")
     for name in ("rows", "attempts", "max_new_tokens", "batch"):
         if (value := getattr(values, name)) < 1:
             raise UserError(f"--{name}={value} must be at least 1.")

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from llm_jax.console import align
-from llm_jax.errors import UserError
+from tools.cli import require
 
 if TYPE_CHECKING:
     from llm_jax.runs import LoadedRun
@@ -38,9 +38,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(values: flags.FlagValues) -> None:
-    for name in ("workdir", "text"):
-        if not values[name].value:
-            raise UserError(f"--{name} is required.")
+    require(values, "workdir", "text")
     import jax
 
     from llm_jax.compilation import use_compilation_cache

@@ -21,6 +21,7 @@ from absl import flags
 
 from llm_jax.errors import UserError
 from tools import pages
+from tools.cli import require
 from tools.show.text import visible
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(values: flags.FlagValues) -> None:
-    for name in ("workdir", "text", "output"):
-        if not values[name].value:
-            raise UserError(f"--{name} is required.")
+    require(values, "workdir", "text", "output")
     import jax
 
     from llm_jax.compilation import use_compilation_cache
