@@ -31,7 +31,8 @@ from llm_jax.scaling.divisibility import check_mesh
 from llm_jax.scaling.planner import Job, plan_and_tell
 from llm_jax.scaling.presets import find_cluster
 from llm_jax.trainers.base import SampleConfig
-from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig, asked_model
+from llm_jax.trainers.foundation import asked_model
+from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
 TOKENS_A_STEP = 2**19

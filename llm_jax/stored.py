@@ -4,7 +4,6 @@ folder."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from llm_jax.weights import (
     abstract,
     identify,
     init_trained,
-    init_weights,
     quantized,
+    shapes,
     without_heads,
 )
 
@@ -124,11 +123,10 @@ class Stored:
         if self.published is not None:
             return self.published.load(mesh)
         model, heads = self.model, self.heads
-        rng = jax.random.key(0)
         if model.lora is None:
-            boxed = jax.eval_shape(functools.partial(init_weights, model, heads), rng)
-            return self._read_params(abstract(mesh, boxed))
+            return self._read_params(abstract(mesh, shapes(model, heads)))
         base = read_base(build(Base, self.meta["base"], "meta.base"), mesh, self.path, model)
+        rng = jax.random.key(0)
         boxed = jax.eval_shape(lambda rng: init_trained(model, heads, rng, base=base), rng)
         return join(self._read_params(abstract(mesh, boxed)), base)
 
@@ -136,9 +134,8 @@ class Stored:
         """What the checkpoint stores, the critic left out."""
         if self.critic is None:
             return checkpoint.read_params(self.path, self.step, wanted)
-        make = functools.partial(init_weights, self.critic, (VALUE,))
-        shapes = unbox(jax.eval_shape(make, jax.random.key(0)))
-        unread = {CRITIC: jax.tree.map(lambda _: checkpoint.UNREAD, shapes)}
+        stored = unbox(shapes(self.critic, (VALUE,)))
+        unread = {CRITIC: jax.tree.map(lambda _: checkpoint.UNREAD, stored)}
         read = checkpoint.read_params(self.path, self.step, {**wanted, **unread})
         return {name: read[name] for name in wanted}
 

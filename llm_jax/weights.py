@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -28,6 +29,15 @@ def init_weights(config: ModelConfig, heads: Sequence[str], rng: jax.Array) -> A
     # A model without heads begins alike whether heads exist or not.
     weights = model.init(model_rng if heads else rng)
     return {**weights, **init_heads(head_rng, heads, config.embed_dim)}
+
+
+@functools.lru_cache(maxsize=128)
+def shapes(config: ModelConfig, heads: tuple[str, ...] = ()) -> Any:
+    """What `init_weights` gives, as jax.ShapeDtypeStructs in boxes: no array is made.
+
+    Tracing a deep model takes seconds, and many meshes are planned for one model.
+    """
+    return jax.eval_shape(lambda: init_weights(config, heads, jax.random.key(0)))
 
 
 def abstract(mesh: Mesh, boxed: Any) -> Any:

@@ -53,7 +53,7 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     if not values.config:
         raise UserError("--config is required, for example --config=configs/pretrain.py:size=tiny.")
     widths = _read_widths(values.widths)
-    from llm_jax.trainers.pretrain import asked_model
+    from llm_jax.trainers.foundation import asked_model
     from tools.bench.jax_worker import read_config
 
     config = read_config(values.config, list(overrides))

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from llm_jax.config import resolved
@@ -23,7 +22,7 @@ from llm_jax.interop.safetensors_files import TensorFolder
 from llm_jax.interop.tokenizer_files import has_tokenizer, read_template, read_tokenizer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import REWARD
-from llm_jax.weights import abstract, init_weights
+from llm_jax.weights import abstract, shapes
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -71,8 +70,7 @@ class PublishedFolder:
 
     def abstract(self, mesh: Mesh) -> Any:
         """Shapes and shardings of the parameters."""
-        make = functools.partial(init_weights, self.model, self.heads)
-        return abstract(mesh, jax.eval_shape(make, jax.random.key(0)))
+        return abstract(mesh, shapes(self.model, self.heads))
 
     def load(self, mesh: Mesh) -> Any:
         """The parameters, float32, straight into their shards.

@@ -15,11 +15,11 @@ from llm_jax.interop.names import HEADS
 from llm_jax.interop.pieces import Leaf, Piece
 from llm_jax.models.config import ModelConfig
 from llm_jax.sharding import unbox
-from llm_jax.weights import init_weights
+from llm_jax.weights import shapes
 
 
 def leaves_of(
-    model: ModelConfig, heads: Sequence[str], family: Family, prefix: str
+    model: ModelConfig, heads: tuple[str, ...], family: Family, prefix: str
 ) -> tuple[Leaf, ...]:
     """Every parameter of a model without adapters, and the tensors that it comes from.
 
@@ -31,9 +31,8 @@ def leaves_of(
     Raises:
       UserError: the family has no name for a parameter.
     """
-    shapes = unbox(jax.eval_shape(lambda rng: init_weights(model, heads, rng), jax.random.key(0)))
     found = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(unbox(shapes(model, heads))):
         path = tuple(key.key for key in keys)
         if heads and path == ("output",):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
@@ -15,7 +14,7 @@ from llm_jax import sharding
 from llm_jax.console import align
 from llm_jax.mesh import MeshConfig, make_abstract_mesh
 from llm_jax.models import ModelConfig
-from llm_jax.weights import init_weights
+from llm_jax.weights import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
       UserError: the mesh does not divide the model, or leaves too much of it replicated.
     """
     abstract_mesh = make_abstract_mesh(mesh)
-    boxed = _boxed(model)
+    boxed = shapes(model)
     shardings = sharding.parameter_shardings(abstract_mesh, boxed)
     counted: dict[PlannedParameter, int] = {}
     leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(boxed))
@@ -119,9 +118,3 @@ def plan(model: ModelConfig, mesh: MeshConfig) -> Plan:
         mesh=dict(abstract_mesh.shape),
         parameters=tuple(dataclasses.replace(p, count=n) for p, n in counted.items()),
     )
-
-
-@functools.lru_cache(maxsize=128)
-def _boxed(model: ModelConfig) -> Any:
-    """The parameters' shapes in their boxes; many meshes may be planned for one model."""
-    return jax.eval_shape(lambda rng: init_weights(model, (), rng), jax.random.key(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -74,6 +75,7 @@ def mlp_weights(config: ModelConfig) -> int:
     return (3 if config.mlp in GATED else 2) * config.embed_dim * config.mlp_dim
 
 
+@functools.lru_cache(maxsize=128)
 def _shapes(config: ModelConfig) -> Any:
     # The attention backend has no parameters, and the one named may not exist on this machine.
     model = LanguageModel(dataclasses.replace(config, attention_backend="einsum"))

@@ -17,25 +17,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from llm_jax import optim, sharding, step, weights
-from llm_jax.data.phases import Phase, plan
+from llm_jax.data.phases import Phase
 from llm_jax.errors import UserError
 from llm_jax.generation import decoding
 from llm_jax.generation.sampler import SamplerConfig
-from llm_jax.mesh import make_mesh, resolve
+from llm_jax.mesh import make_mesh
 from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
-from llm_jax.models.context import check_context
 from llm_jax.models.pipeline import micro_batches_per_stage
 from llm_jax.models.size import flops_per_token, keys_seen
-from llm_jax.objectives import lm
-from llm_jax.scaling import hlo, program
-from llm_jax.scaling.divisibility import check_mesh
+from llm_jax.scaling import hlo, program, stages
 from llm_jax.scaling.presets import Cluster, cluster_names, find_cluster
-from llm_jax.trainers.pretrain import PretrainConfig, asked_model
-from llm_jax.types import Batch
+from llm_jax.types import TrainState, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +89,8 @@ class TooLarge:
 def prepare() -> None:
     """Sets the environment in which libtpu compiles without a TPU. Before JAX starts a backend."""
     jax.config.update("jax_platforms", "cpu")
+    # A program for a TPU is written to the cache and cannot be read from it without one.
+    jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it waits for a server of Google Cloud
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -132,54 +131,52 @@ def describe(name: str) -> tuple[Cluster, list[Any]]:
     return cluster, list(described.devices)
 
 
-def phases_of(config: PretrainConfig) -> tuple[Phase, ...]:
-    """The phases of a config, whose mixture does not matter here."""
-    return plan(config.phases, config.optimizer, config.model.rope, {})
-
-
-def compile_train_step(
-    config: PretrainConfig, phase: Phase, devices: Sequence[Any]
-) -> Program | TooLarge:
+def compile_train_step(config: Any, phase: Phase, devices: Sequence[Any]) -> Program | TooLarge:
     """The training step of one phase, as the loop runs it: forward, backward, optimiser.
 
+    Args:
+      config: of a stage that `scaling.stages` knows.
+
     Raises:
-      UserError: a mesh that does not fit the devices, or does not divide the model or the batch.
+      UserError: another stage; a mesh that does not fit the devices, or does not divide the model
+        or the batch.
     """
-    model_config = dataclasses.replace(asked_model(config), rope=phase.rope)
-    check_length(model_config, phase.length)
     mesh = make_mesh(config.mesh, devices)
-    check_mesh(model_config, resolve(config.mesh, mesh.size), phase.length, phase.batch)
-    model = LanguageModel(model_config, devices[0].platform)
-    check_context(model_config, model.backend, mesh, phase.length)
-    pieces = micro_batches_per_stage(model_config, mesh)
-    name = f"train, {phase.batch:,} rows of {phase.length:,}"
+    shapes = stages.of_phase(config, phase, mesh)
+    pieces = micro_batches_per_stage(shapes.model.config, mesh)
+    row = phase.length * phase.sequences
+    parts = step.micro_batches(config.step, phase.batch, row, mesh, pieces)
     with jax.set_mesh(mesh):
-        state, shardings, batch = _abstract(config, model_config, phase, mesh)
+        optimizer = optim.make_optimizer(
+            config.optimizer, sharding.unbox(shapes.trained), shapes.model.config.width_multiplier
+        )
+        state, shardings = _abstract_state(config.seed, shapes, optimizer, mesh)
         train_step = step.make_train_step(
-            lm.make_objective(model, config.loss),
-            optim.make_optimizer(config.optimizer, state.params, model_config.width_multiplier),
+            shapes.objective,
+            optimizer,
             mesh=mesh,
             shardings=shardings,
-            micro_batches=step.micro_batches(config.step, phase.batch, phase.length, mesh, pieces),
+            micro_batches=1 if shapes.whole_batch else parts,
             parameter_dtype=config.step.parameter_dtype,
         )
         rate = jax.ShapeDtypeStruct((), jnp.float32)
-        lowered = train_step.lower(state, batch, rate)
-    tokens = phase.batch * phase.length / mesh.size
+        lowered = train_step.lower(state, shapes.batch, rate)
+    tokens = phase.batch * row / mesh.size
+    of_several = "" if phase.sequences == 1 else f"{phase.sequences} x "
     return _compile(
-        name,
+        f"train, {phase.batch:,} rows of {of_several}{phase.length:,}",
         lowered,
         mesh,
-        model_flops=flops_per_token(model_config, phase.length) * tokens,
-        attention=_attention_flops(model_config, phase.length) * tokens,
-        parameters=_bytes(state.params),
+        model_flops=flops_per_token(shapes.model.config, phase.length) * tokens,
+        attention=_attention_flops(shapes.model.config, phase.length) * tokens,
+        parameters=_bytes((state.params, state.frozen)),
         optimizer=_bytes(state.opt_state),
         gradients=_bytes(state.params),
     )
 
 
 def compile_decode_step(
-    config: PretrainConfig, rows: int, length: int, devices: Sequence[Any]
+    config: Any, rows: int, length: int, devices: Sequence[Any]
 ) -> Program | TooLarge:
     """One step of sampling, a token for each of `rows` rows that hold up to `length` tokens.
 
@@ -188,13 +185,13 @@ def compile_decode_step(
     Raises:
       UserError: see `compile_train_step`.
     """
-    model_config = asked_model(config)
-    check_length(model_config, length)
     mesh = make_mesh(config.mesh, devices)
-    model = LanguageModel(model_config, devices[0].platform)
+    model = LanguageModel(stages.model_of(config), devices[0].platform)
+    check_length(model.config, length)
     sampler = SamplerConfig()
     with jax.set_mesh(mesh):
-        params = weights.abstract(mesh, _boxed(model_config))
+        trained, frozen = stages.weights_of(config, model.config)
+        params = weights.abstract(mesh, trained if frozen is None else join(trained, frozen))
 
         def token(params: Any, state: decoding.Decoding) -> decoding.Decoding:
             rng = jax.random.key(0)
@@ -211,7 +208,8 @@ def compile_decode_step(
         )
         jitted = jax.jit(token, donate_argnums=1, out_shardings=laid_out)
         lowered = jitted.lower(params, state)
-    flops = flops_per_token(model_config, length) / 3
+    whole = dataclasses.replace(model.config, lora=None)
+    flops = flops_per_token(whole, length) / 3
     return _compile(
         f"decode, {rows:,} rows of up to {length:,}",
         lowered,
@@ -222,33 +220,22 @@ def compile_decode_step(
     )
 
 
-def _abstract(
-    config: PretrainConfig, model_config: ModelConfig, phase: Phase, mesh: Mesh
-) -> tuple[Any, Any, Batch]:
-    """Shapes of the state, its shardings, and the shapes of a batch."""
-    boxed = _boxed(model_config)
-    optimizer = optim.make_optimizer(
-        config.optimizer, sharding.unbox(boxed), model_config.width_multiplier
-    )
-    state, shardings = step.init_state(
-        lambda rng: sharding.unbox(weights.init_weights(model_config, (), rng)),
-        optimizer,
-        config.seed,
-        mesh,
-        sharding.parameter_shardings(mesh, boxed),
-    )
-    rows = sharding.batch_sharding(mesh)
+def _abstract_state(
+    seed: int, shapes: stages.Shapes, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Shapes of the state with their shardings, and the shardings alone."""
 
-    def of(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((phase.batch, phase.length), dtype, sharding=rows)
+    def zeros(rng: jax.Array) -> Any:
+        del rng
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sharding.unbox(shapes.trained))
 
-    tokens, weights_ = of(jnp.int32), of(jnp.float32)
-    return state, shardings, Batch(tokens, tokens, weights_, tokens, tokens)
-
-
-def _boxed(model_config: ModelConfig) -> Any:
-    """Shapes of the weights in boxes; on devices that are not there no key can be made."""
-    return jax.eval_shape(lambda: weights.init_weights(model_config, (), jax.random.key(0)))
+    where = sharding.parameter_shardings(mesh, shapes.trained)
+    state, shardings = step.init_state(zeros, optimizer, seed, mesh, where)
+    if shapes.frozen is None:
+        return state, shardings
+    frozen = weights.abstract(mesh, shapes.frozen)
+    where = jax.tree.map(lambda x: x.sharding, frozen)
+    return dataclasses.replace(state, frozen=frozen), dataclasses.replace(shardings, frozen=where)
 
 
 def _compile(

@@ -29,7 +29,7 @@ from llm_jax.models.layers import GATED
 from llm_jax.models.quantize import quantize
 from llm_jax.optim import MUON_KERNELS, OptimizerConfig
 from llm_jax.scaling.divisibility import batch_shards
-from llm_jax.weights import init_weights
+from llm_jax.weights import shapes
 
 # optax's scale_by_factored_rms factors a parameter whose second largest dimension reaches this.
 FACTORED_SIZE = 128
@@ -312,8 +312,7 @@ def _stacked_bytes(model: ModelConfig, rows: int, time: int) -> float:
 def weight_bytes(model: ModelConfig, kind: WeightKind) -> float:
     """All weights to serve with: in a floating-point type, or projections in few bits and the rest
     in float32 (`models.quantize`)."""
-    boxed = jax.eval_shape(lambda rng: init_weights(model, (), rng), jax.random.key(0))
-    tree = sharding.unbox(boxed)
+    tree = sharding.unbox(shapes(model))
     if kind in ("int8", "nf4"):
         tree = jax.eval_shape(functools.partial(quantize, kind=kind), tree)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,7 @@ def build(config: DPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
 
     wiring = preference.Wiring(
         attach=(lambda rows: None) if reference is None else reference.attach,
-        objective=lambda model: dpo.make_objective(
-            model, config.loss, _base if config.loss.reference == "adapter_off" else None
-        ),
+        objective=functools.partial(objective_of, config),
         evaluations=evaluations,
         sample=foundation.chat_sample(ground),
         whole_batch=variant.whole_batch,
@@ -88,5 +87,12 @@ def _check(config: DPOConfig, variant: dpo.Variant) -> None:
         )
 
 
-def _base(params: Any) -> Any:
-    return lora.split(params)[1]
+def objective_of(config: DPOConfig, model: LanguageModel) -> Objective:
+    """The objective of a config for a model; the base of its adapters may be the reference."""
+
+    def base(params: Any) -> Any:
+        return lora.split(params)[1]
+
+    return dpo.make_objective(
+        model, config.loss, base if config.loss.reference == "adapter_off" else None
+    )

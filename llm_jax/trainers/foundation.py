@@ -361,6 +361,15 @@ def _model(
     return asked
 
 
+def asked_model(config: Any) -> ModelConfig:
+    """The model of a stage that inherits none, with the vocabulary that the tokenizer is asked for.
+    Making the tokenizer takes a corpus; for shapes this is as good."""
+    if config.model.vocab_size is not None:
+        return config.model
+    padded = -(-config.tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return dataclasses.replace(config.model, vocab_size=padded)
+
+
 def _check_memory(config: Any, model: ModelConfig, mesh: Mesh) -> None:
     if config.optimizer.offload:
         require_host_memory(mesh, "config.optimizer.offload")

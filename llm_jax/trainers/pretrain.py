@@ -105,14 +105,3 @@ def _needles(
         return evaluate_needle(answer, params, examples, batch)
 
     return (Evaluation("needle", run),)
-
-
-def asked_model(config: PretrainConfig) -> ModelConfig:
-    """The model with the vocabulary that the tokenizer is asked for. Making the tokenizer takes a
-    corpus; for shapes this is as good."""
-    model = config.model
-    if model.vocab_size is not None:
-        return model
-    multiple = foundation.VOCABULARY_MULTIPLE
-    padded = -(-config.tokenizer.vocab_size // multiple) * multiple
-    return dataclasses.replace(model, vocab_size=padded)

@@ -14,13 +14,16 @@ from llm_jax.data.phases import PhaseConfig
 from llm_jax.errors import UserError
 from llm_jax.mesh import MeshConfig, resolve
 from llm_jax.models import ModelConfig
-from llm_jax.models.size import parameter_count
+from llm_jax.models.lora import LoraConfig
+from llm_jax.models.size import adapter_count, parameter_count
+from llm_jax.objectives import dpo
 from llm_jax.objectives.lm import LossConfig
 from llm_jax.optim import OptimizerConfig
-from llm_jax.scaling import compiled
+from llm_jax.scaling import compiled, stages
 from llm_jax.scaling.compiled import Program, TooLarge
 from llm_jax.scaling.presets import find_cluster
 from llm_jax.scaling.roofline import roofline
+from llm_jax.trainers.dpo import DPOConfig
 from llm_jax.trainers.pretrain import PretrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tpu_memory.json"
@@ -49,7 +52,7 @@ def train_step(name, **changes):
     compiled.prepare()
     settings = config(SLICES[name], **changes)
     _, devices = compiled.describe(name)
-    (phase,) = compiled.phases_of(settings)
+    (phase,) = stages.phases_of(settings)
     return compiled.compile_train_step(settings, phase, devices)
 
 
@@ -101,7 +104,7 @@ def test_a_row_over_all_chips_needs_memory_for_its_part(compiler):
         settings = dataclasses.replace(
             settings, phases=(PhaseConfig(length=length, batch=4 if mesh.data > 1 else 1, steps=1),)
         )
-        (phase,) = compiled.phases_of(settings)
+        (phase,) = stages.phases_of(settings)
         step = compiled.compile_train_step(settings, phase, devices)
         peaks[length] = step.memory.activations
         assert step.kernels
@@ -120,10 +123,32 @@ def test_a_decode_step_reads_the_parameters(compiler):
 
 
 @pytest.mark.slow
+def test_a_step_of_adapters_keeps_nothing_for_their_base(compiler):
+    """DPO on pairs: twice the rows of text; the optimiser sees the adapters alone."""
+    mesh = SLICES["v5e:2x2"]
+    settings = config(mesh)
+    model = dataclasses.replace(MODEL, lora=LoraConfig(rank=4))
+    adapting = DPOConfig(
+        model=model, phases=settings.phases, optimizer=settings.optimizer, mesh=mesh,
+        loss=dpo.LossConfig(reference="adapter_off", chunk=512),
+    )  # fmt: skip
+    _, devices = compiled.describe("v5e:2x2")
+    (phase,) = stages.phases_of(adapting)
+    step = compiled.compile_train_step(adapting, phase, devices)
+    assert isinstance(step, Program)
+    assert step.name == "train, 8 rows of 2 x 1,024"
+    adapters = 4 * adapter_count(model)
+    base = parameter_count(MODEL)  # 4 bytes each, on four devices
+    assert 1 < step.memory.parameters / base < 1.01 + adapters / base
+    assert step.memory.gradients <= adapters
+    assert step.memory.optimizer <= 2 * adapters + 1000
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_told(compiler):
     settings = config(SLICES["v5e:2x2"], remat="none", embed_dim=4096, mlp_dim=16384, num_layers=32)
     _, devices = compiled.describe("v5e:2x2")
-    (phase,) = compiled.phases_of(settings)
+    (phase,) = stages.phases_of(settings)
     step = compiled.compile_train_step(settings, phase, devices)
     assert isinstance(step, TooLarge)
     assert step.needed is None or step.needed > 15e9

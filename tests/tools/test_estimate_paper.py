@@ -9,7 +9,8 @@ from llm_jax.mesh import MeshConfig
 from llm_jax.optim import OptimizerConfig
 from llm_jax.scaling.memory import training_memory
 from tools.cli import run_command
-from tools.estimate.jobs import read_cluster
+from tools.estimate import paper
+from tools.estimate.jobs import read_cluster, read_job
 
 COMMANDS = {"paper": "tools.estimate.paper", "plan": "tools.estimate.planning"}
 CONFIG = "--config=configs/pretrain.py:size=llama2-7b"
@@ -42,12 +43,9 @@ def test_paper_tells_memory_time_money_and_checkpoints(estimate, tmp_path):
     assert training["chip hours"] == pytest.approx(hours)
     assert training["cost"] == pytest.approx(1.2 * hours)
     assert training["days"] == pytest.approx(hours / 16 / 24)
-    from tools.estimate.jobs import read_job  # imports jax
-
-    class Values:
-        config, length, batch = CONFIG.removeprefix("--config="), None, None
-
-    job, _ = read_job(Values, [])
+    values = paper.define_flags()
+    values(["paper", CONFIG])
+    job, _ = read_job(values, [])
     memory = training_memory(
         job.model, OptimizerConfig(), MeshConfig(data=1, fsdp=16), length=4096, batch=128,
         micro_batches=4, chunk=512, platform="tpu",

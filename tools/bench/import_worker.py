@@ -58,8 +58,7 @@ def load_sharded(note: Note, folder: str, megabytes: int, files: int, dtype: str
     """Peak of loading, split over all devices, beside the arrays themselves."""
     model, leaves = _model(megabytes), _leaves(megabytes)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    boxed = jax.eval_shape(lambda rng: weights.init_weights(model, (), rng), jax.random.key(0))
-    abstract = weights.abstract(mesh, boxed)
+    abstract = weights.abstract(mesh, weights.shapes(model))
     before = _start()
     tensors = TensorFolder(Path(folder) / "hf")
     check(tensors, leaves)

@@ -17,7 +17,8 @@ from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
 from llm_jax.models.size import flops_per_token, parameter_count
 from llm_jax.objectives import lm
-from llm_jax.trainers.pretrain import PretrainConfig, asked_model
+from llm_jax.trainers.foundation import asked_model
+from llm_jax.trainers.pretrain import PretrainConfig
 from tools.bench.bare_step import BareStep, matmul_flops, random_batches
 from tools.bench.protocol import (
     Note,

@@ -11,7 +11,7 @@ from llm_jax.mesh import make_mesh, resolve
 from llm_jax.models import LanguageModel
 from llm_jax.objectives import lm
 from llm_jax.scaling.memory import training_memory
-from llm_jax.trainers.pretrain import asked_model
+from llm_jax.trainers.foundation import asked_model
 from tools.bench.bare_step import BareStep, random_batches
 from tools.bench.jax_worker import read_config
 from tools.bench.protocol import Note, peak_resident_bytes, reset_peak, resident_bytes, serve

@@ -1,11 +1,12 @@
-"""What a pre-training config takes, told before it runs.
+"""What a config takes, told before it runs.
 
     python -m tools.estimate --config=... --topology=v5e:4x4    by the TPU's own compiler
     python -m tools.estimate paper --config=... --chips=v5e-16  by formulas: memory, time, money
     python -m tools.estimate plan --config=... --chips=v5e-16   a mesh, and why
 
-Every command explains its flags: python -m tools.estimate paper --help; that of the first line is
-`compile`, which may be left out.
+The formulas and the planner are for pre-training; the compiler takes SFT, reward modelling and
+DPO, too. Every command explains its flags: python -m tools.estimate paper --help; that of the first
+line is `compile`, which may be left out.
 """
 
 from __future__ import annotations

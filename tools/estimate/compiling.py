@@ -4,7 +4,9 @@
     python -m tools.estimate --config=... --topology=v5p-128 --config.mesh.tensor=4 --json=F
 
 Every phase of the config is compiled by the TPU's own compiler (pip install 'jax[tpu]'), which
-knows the memory of each chip to the byte. Times are those of a chip at its peaks.
+knows the memory of each chip to the byte. Times are those of a chip at its peaks. A stage after
+pre-training has the architecture of what it starts from (config.init_from, or config.json in
+config.init_from_hf), or its own config's where it starts from nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ GIGABYTE = 1e9
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "a pre-training config", flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "a config of pre-training, SFT, reward modelling or DPO", flag_values=values
+    )
     flags.DEFINE_string(
         "topology", None, "a slice, such as v5e:4x4, or a cluster by name, such as v5p-128",
         flag_values=values,
@@ -50,14 +54,16 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
 
     compiled.prepare()
     from llm_jax import mesh
+    from llm_jax.scaling import stages
     from tools.bench.summary import write_json
-    from tools.estimate.jobs import read_named_config
+    from tools.estimate.jobs import read_stage_config
 
     if not values.topology:
         raise UserError("--topology is required, for example --topology=v5e:4x4.")
-    config = read_named_config(values, overrides)
+    config = read_stage_config(values, overrides)
+    stages.check_stage(config)
     cluster, devices = compiled.describe(values.topology)
-    phases = compiled.phases_of(config)
+    phases = stages.phases_of(config)
     chosen = _choose(phases, values.phase)
     layout = mesh.resolve(config.mesh, len(devices))
     rows = len(devices) if values.decode_rows is None else values.decode_rows
@@ -70,7 +76,7 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
             return
         programs = [_show(compiled.compile_train_step(config, p, devices), layout, cluster)
                     for p in chosen]  # fmt: skip
-        if rows:
+        if rows and config.trainer != "reward":
             length = chosen[-1].length
             step = compiled.compile_decode_step(config, rows, length, devices)
             programs.append(_show(step, layout, cluster))

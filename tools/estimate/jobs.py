@@ -7,23 +7,29 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from llm_jax.config import build
 from llm_jax.errors import UserError
+from llm_jax.main import parse
 from llm_jax.models.config import check_length
 from llm_jax.scaling.planner import Job
 from llm_jax.scaling.presets import Cluster, cluster_of, find_cluster
-from llm_jax.trainers.pretrain import PretrainConfig, asked_model
+from llm_jax.trainers import find_stage
+from llm_jax.trainers.base import RunConfig
+from llm_jax.trainers.foundation import asked_model
+from llm_jax.trainers.pretrain import PretrainConfig
 from tools.bench.jax_worker import read_config
+from tools.cli import require
 
 
-def read_named_config(values: flags.FlagValues, overrides: Sequence[str]) -> PretrainConfig:
-    """The config of --config.
+def read_stage_config(values: flags.FlagValues, overrides: Sequence[str]) -> RunConfig:
+    """The config of --config, of whatever stage.
 
     Raises:
-      UserError: there is none, or it is of another stage.
+      UserError: there is none.
     """
-    if not values.config:
-        raise UserError("--config is required, for example --config=configs/pretrain.py.")
-    return read_config(values.config, list(overrides))
+    require(values, "config")
+    found, _ = parse(["tools.estimate", f"--config={values.config}", *overrides])
+    return build(find_stage(found).config, found)
 
 
 def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, PretrainConfig]:
@@ -32,7 +38,8 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, P
     Raises:
       UserError: no config, one of another stage, or a length past the model's positions.
     """
-    config = read_named_config(values, overrides)
+    require(values, "config")
+    config = read_config(values.config, list(overrides))
     longest = max(config.phases, key=lambda phase: phase.length)
     length = values.length or longest.length
     batch = values.batch or max(1, longest.length * longest.batch // length)

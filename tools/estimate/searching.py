@@ -12,7 +12,6 @@ from llm_jax.models.remat import Remat
 from llm_jax.scaling.compiled import Program, TooLarge, compile_train_step
 from llm_jax.scaling.divisibility import batch_shards
 from llm_jax.scaling.presets import Cluster
-from llm_jax.trainers.pretrain import PretrainConfig
 
 # From the least to compute again to the least to keep.
 LADDER: tuple[Remat, ...] = (
@@ -26,7 +25,7 @@ LADDER: tuple[Remat, ...] = (
 
 
 def search(
-    config: PretrainConfig,
+    config: Any,
     phase: Phase,
     cluster: Cluster,
     devices: Sequence[Any],
