@@ -56,6 +56,22 @@ def init_trained(config: ModelConfig, heads: Sequence[str], rng: jax.Array, *, b
     return {**adapters, **init_heads(head_rng, heads, config.embed_dim)}
 
 
+def trained_and_frozen_shapes(
+    config: ModelConfig, heads: tuple[str, ...], kind: Quantization | None
+) -> tuple[Any, Any]:
+    """What a stage trains and what it keeps as it is, as jax.ShapeDtypeStructs in boxes.
+
+    Without adapters nothing is frozen: None. With them their base is, held as `kind` says.
+    """
+    if config.lora is None:
+        return shapes(config, heads), None
+    base = jax.eval_shape(lambda base: quantized(base, kind), shapes(config))
+    trained = jax.eval_shape(
+        lambda base: init_trained(config, heads, jax.random.key(0), base=base), base
+    )
+    return trained, base
+
+
 def identify(meta: dict[str, Any], weights: Any) -> str:
     """A hash of what a checkpoint stores, heads aside: the same on every mesh and device.
 

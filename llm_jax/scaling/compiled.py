@@ -138,8 +138,7 @@ def compile_train_step(config: Any, phase: Phase, devices: Sequence[Any]) -> Pro
       config: of a stage that `scaling.stages` knows.
 
     Raises:
-      UserError: another stage; a mesh that does not fit the devices, or does not divide the model
-        or the batch.
+      UserError: a mesh that does not fit the devices, or does not divide the model or the batch.
     """
     mesh = make_mesh(config.mesh, devices)
     shapes = stages.of_phase(config, phase, mesh)
@@ -191,7 +190,7 @@ def compile_decode_step(
     sampler = SamplerConfig()
     with jax.set_mesh(mesh):
         trained, frozen = stages.weights_of(config, model.config)
-        params = weights.abstract(mesh, trained if frozen is None else join(trained, frozen))
+        params = weights.abstract(mesh, join(trained, frozen))
 
         def token(params: Any, state: decoding.Decoding) -> decoding.Decoding:
             rng = jax.random.key(0)

@@ -7,7 +7,6 @@ architecture is.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from llm_jax.models import LanguageModel, ModelConfig
 from llm_jax.models.config import check_length
 from llm_jax.models.context import check_context
 from llm_jax.models.heads import REWARD
-from llm_jax.models.quantize import quantize
 from llm_jax.objectives import dpo as preference_losses
 from llm_jax.objectives import lm, reward
 from llm_jax.scaling.divisibility import check_mesh
@@ -55,10 +53,11 @@ class Shapes:
     whole_batch: bool
 
 
-def check_stage(config: Any) -> None:
-    """
+def phases_of(config: Any) -> tuple[Phase, ...]:
+    """The phases of a config, whose mixture does not matter here.
+
     Raises:
-      UserError: the step of this stage is not known here.
+      UserError: the step of this stage is not known here; see `model_of`.
     """
     known = (*LANGUAGE, *PREFERENCE)
     if config.trainer not in known:
@@ -66,6 +65,8 @@ def check_stage(config: Any) -> None:
             f"the step of stage {config.trainer!r} is not compiled ahead of time; those of "
             f"{', '.join(known)} are."
         )
+    sequences = PAIR if config.trainer in PREFERENCE else 1
+    return plan(config.phases, config.optimizer, model_of(config).rope, {}, sequences)
 
 
 def model_of(config: Any) -> ModelConfig:
@@ -83,30 +84,18 @@ def model_of(config: Any) -> ModelConfig:
     return inherited_model(config.model, start)
 
 
-def phases_of(config: Any) -> tuple[Phase, ...]:
-    """The phases of a config, whose mixture does not matter here."""
-    sequences = PAIR if config.trainer in PREFERENCE else 1
-    return plan(config.phases, config.optimizer, model_of(config).rope, {}, sequences)
-
-
 def weights_of(config: Any, model: ModelConfig) -> tuple[Any, Any]:
     """(trained, frozen) shapes of the weights in boxes; nothing frozen is None."""
     heads = (REWARD,) if config.trainer == "reward" else ()
-    if model.lora is None:
-        return weights.shapes(model, heads), None
-    base = weights.shapes(model)
-    if config.quantize_base is not None:
-        base = jax.eval_shape(functools.partial(quantize, kind=config.quantize_base), base)
-    make = functools.partial(weights.init_trained, model, heads)
-    return jax.eval_shape(lambda base: make(jax.random.key(0), base=base), base), base
+    return weights.trained_and_frozen_shapes(model, heads, config.quantize_base)
 
 
 def of_phase(config: Any, phase: Phase, mesh: Mesh) -> Shapes:
-    """
+    """The parts of the step of one of `phases_of(config)`.
+
     Raises:
-      UserError: a stage that is not known here, or a mesh that does not divide model or batch.
+      UserError: a mesh that does not divide the model or the batch.
     """
-    check_stage(config)
     model_config = dataclasses.replace(model_of(config), rope=phase.rope)
     check_length(model_config, phase.length)
     check_mesh(model_config, resolve(config.mesh, mesh.size), phase.length, phase.batch)

@@ -351,8 +351,7 @@ def _model(
             log(f"parameters, architecture and tokenizer come from {origin.stored.name}{note}")
         return model
     if asked.vocab_size is None:
-        padded = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        return dataclasses.replace(asked, vocab_size=padded)
+        return _with_vocabulary(asked, tokenizer.vocab_size)
     if asked.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and config.model.vocab_size is "
@@ -366,8 +365,12 @@ def asked_model(config: Any) -> ModelConfig:
     Making the tokenizer takes a corpus; for shapes this is as good."""
     if config.model.vocab_size is not None:
         return config.model
-    padded = -(-config.tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return dataclasses.replace(config.model, vocab_size=padded)
+    return _with_vocabulary(config.model, config.tokenizer.vocab_size)
+
+
+def _with_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
+    padded = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return dataclasses.replace(model, vocab_size=padded)
 
 
 def _check_memory(config: Any, model: ModelConfig, mesh: Mesh) -> None:

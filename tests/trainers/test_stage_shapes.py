@@ -79,4 +79,4 @@ def test_rows_that_are_compared_are_not_cut(configure, mesh):
 def test_a_stage_that_samples_is_refused(configure_on_policy):
     config = build_config(TRAINERS["grpo"].config, configure_on_policy("grpo"))
     with pytest.raises(UserError, match=r"stage 'grpo' is not compiled.*pretrain, sft, reward"):
-        stages.check_stage(config)
+        stages.phases_of(config)

@@ -61,7 +61,6 @@ def main(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
     if not values.topology:
         raise UserError("--topology is required, for example --topology=v5e:4x4.")
     config = read_stage_config(values, overrides)
-    stages.check_stage(config)
     cluster, devices = compiled.describe(values.topology)
     phases = stages.phases_of(config)
     chosen = _choose(phases, values.phase)

@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding
 from llm_jax import sharding
 from llm_jax.console import align
 from llm_jax.mesh import MeshConfig, make_abstract_mesh, make_mesh
-from llm_jax.models.quantize import Quantized, dequantise, quantize
+from llm_jax.models.quantize import Quantized, dequantise
 from llm_jax.stored import Stored
 from llm_jax.types import join
-from llm_jax.weights import init_trained, init_weights
+from llm_jax.weights import trained_and_frozen_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,8 @@ def describe(stored: Stored, mesh: MeshConfig, depth: int | None) -> list[str]:
 
 def boxes(stored: Stored) -> Any:
     """The shapes of all that `stored.read` gives, in boxes with their logical axes."""
-    model, heads = stored.model, stored.heads
-
-    def make(rng: jax.Array) -> Any:
-        if model.lora is None:
-            return init_weights(model, heads, rng)
-        base, kind = init_weights(model, (), rng), stored.meta["base"].get("quantized")
-        base = base if kind is None else quantize(base, kind)
-        return join(init_trained(model, heads, rng, base=base), base)
-
-    return jax.eval_shape(make, jax.random.key(0))
+    kind = stored.meta.get("base", {}).get("quantized")
+    return join(*trained_and_frozen_shapes(stored.model, stored.heads, kind))
 
 
 def measure(params: Any) -> Any:
