@@ -89,8 +89,6 @@ class TooLarge:
 def prepare() -> None:
     """Sets the environment in which libtpu compiles without a TPU. Before JAX starts a backend."""
     jax.config.update("jax_platforms", "cpu")
-    # A program for a TPU is written to the cache and cannot be read from it without one.
-    jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it waits for a server of Google Cloud
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
