@@ -38,9 +38,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Every simulated device may wait in several collectives at once, and each wait holds a thread: with
 # as few as a small machine has cores, no thread would be left for the device that is waited for.
 os.environ.setdefault("NPROC", str(8 * DEVICES))
-# On a busy machine devices may keep each other waiting for longer than the 40 seconds after which
-# XLA takes that for a deadlock and aborts.
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+# On a machine that is busy, or put to sleep meanwhile, devices may keep each other waiting for
+# longer than the 40 seconds after which XLA takes that for a deadlock and aborts.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
