@@ -28,7 +28,7 @@ from llm_jax.trainers.pretrain import PretrainConfig, PretrainEvaluationConfig
 DEVICES = 8
 MEMORY_MAPS = 20_000
 
-# Subprocesses inherit the two variables, so they compile into and out of the same cache.
+# Subprocesses inherit the variables, so they compile into and out of the same cache.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/llm_jax/compiled-by-tests").expanduser())
 )
@@ -41,7 +41,12 @@ os.environ.setdefault("NPROC", str(8 * DEVICES))
 # On a machine that is busy, or put to sleep meanwhile, devices may keep each other waiting for
 # longer than the 40 seconds after which XLA takes that for a deadlock and aborts.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
+# A test runs its programs a few times on tiny shapes, so the compiler takes most of the time, and
+# four times as long with the passes that make them fast and the emitters that make fusions so.
+QUICKLY = "--xla_cpu_use_fusion_emitters=false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} {QUICKLY}".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
 
@@ -54,6 +59,15 @@ def few_memory_maps():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MEMORY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """Programs are compiled as they are for users: for tests of programs that differ and are to
+    round alike."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -72,6 +72,7 @@ def assert_same(made, expected, atol=0.0):
     np.testing.assert_allclose(made.logprobs, expected.logprobs, rtol=0, atol=atol)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("sampler", [GREEDY, RANDOM, PENALIZED])
 def test_without_strength_it_is_the_base_bit_for_bit(sampler):
     assert_same(
@@ -79,6 +80,7 @@ def test_without_strength_it_is_the_base_bit_for_bit(sampler):
     )
 
 
+@pytest.mark.usefixtures("optimised")
 def test_an_expert_that_is_its_own_anti_expert_changes_nothing():
     base, expert, _ = parts()
     assert_same(run(*proxy_tuned(base, expert, expert, 1.7)), alone(base))

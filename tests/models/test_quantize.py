@@ -131,6 +131,7 @@ def test_only_projection_kernels_change(kind):
     assert held_bytes == {"int8": 1024 + 32 * 4, "nf4": 512 + 16 * 4}[kind]
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full")])
 def test_a_model_on_codes_is_the_model_on_their_values(kind, scan, remat):

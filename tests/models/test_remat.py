@@ -73,8 +73,8 @@ def gradient(model, params):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.fixture(scope="module")
-def plain():
+@pytest.fixture
+def plain(optimised):
     model = make(dtype="float32")
     params = parameters(model)
     return params, gradient(model, params)

@@ -29,8 +29,6 @@ from llm_jax.types import Batch
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts.json"
 STEPS, BATCH, LENGTH, VOCABULARY = 5, 8, 32, 64
 TOLERANCE = 5e-5
-# Compiling takes longer than five steps do.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 DENSE = ModelConfig(
     vocab_size=VOCABULARY, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=64,
@@ -150,7 +148,7 @@ class Training:
                 micro_batches=2 if name in ACCUMULATED else 1,
             )
             lowered = train_step.lower(state, self._place(0), np.float32(0))
-            self.compiled = lowered.compile(compiler_options=QUICKLY)
+            self.compiled = lowered.compile()
 
     def losses(self):
         """Loss and gradient norm of each step."""

@@ -24,7 +24,7 @@ from llm_jax.scaling.step_time import crosses_slices, step_time
 from llm_jax.trainers.pretrain import PretrainConfig
 
 # Heads, experts, patterns that do not repeat, a vocabulary that does not split.
-SAMPLE = ("gpt2", "llama2-7b", "qwen3-30b-a3b", "gemma3-27b")
+SAMPLE = ("gpt2", "llama2-7b", "qwen3-30b-a3b", "gemma3-4b")
 CLUSTERS = ("v5e-16", "v5e-256", "v5p-128", "tpu7x-32", "2xv6e-64", "h100x8", "h100x64")
 
 

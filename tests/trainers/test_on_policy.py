@@ -100,6 +100,7 @@ def test_what_a_learner_knows_goes_on_into_the_next_phase(on_policy):
     assert weights[0] == 0.1 and len(set(weights)) == 4
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_mesh_changes_nothing(on_policy):
     alone, spread = (on_policy("grpo", devices=n) for n in (1, 4))
     assert alone.logged("reward") == spread.logged("reward")
