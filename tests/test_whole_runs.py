@@ -1,11 +1,13 @@
 """The tiny pre-training run, whole, and the chain of stages after it: minutes long."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,6 +21,13 @@ from llm_jax.runs import load_run
 pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-m", "llm_jax.main", "--config=configs/pretrain.py:size=tiny"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_as_users_have_them():
+    """They run for long, so compilers are to do what they can."""
+    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="false", XLA_FLAGS=""):
+        yield
 
 
 def train(workdir):
@@ -65,6 +74,7 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_parameters(whole_run, 
     assert results[0]["hashes"] == results[1]["hashes"]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_context_is_extended_from_a_model_that_matches_names(tmp_path):
     config = load_config(Path("configs/context_extension.py"))
     config.phases = config.phases[:1]

@@ -40,21 +40,24 @@ class Memory:
     """Bytes on one device.
 
     parameters, optimizer, other: arguments of the program: what it starts from. gradients: of all
-    parameters, as the optimiser reads them. peak: the most that is held at once, all of this and
-    activations, gathered parameters and buffers of the exchanges. host: in the host's memory.
+    parameters, as the optimiser reads them. beside: weights of the reference that samples are
+    compared with, which the program does not read. peak: the most that is held at once, all of this
+    and activations, gathered parameters and buffers of the exchanges. host: in the host's memory.
     """
 
     parameters: int
     optimizer: int
     other: int
     gradients: int
+    beside: int
     peak: int
     host: int
 
     @property
     def activations(self) -> int:
         """The rest of the peak: activations and all that the compiler keeps for a while."""
-        return max(0, self.peak - self.parameters - self.optimizer - self.other - self.gradients)
+        known = self.parameters + self.optimizer + self.other + self.gradients + self.beside
+        return max(0, self.peak - known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +161,19 @@ def compile_train_step(config: Any, phase: Phase, devices: Sequence[Any]) -> Pro
         )
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         lowered = train_step.lower(state, shapes.batch, rate)
-    tokens = phase.batch * row / mesh.size
+        beside = weights.abstract(mesh, stages.reference_of(config, shapes.model.config))
+    tokens = phase.batch * phase.length / mesh.size
     of_several = "" if phase.sequences == 1 else f"{phase.sequences} x "
     return _compile(
         f"train, {phase.batch:,} rows of {of_several}{phase.length:,}",
         lowered,
         mesh,
-        model_flops=flops_per_token(shapes.model.config, phase.length) * tokens,
-        attention=_attention_flops(shapes.model.config, phase.length) * tokens,
+        model_flops=sum(flops_per_token(m, phase.length) * n for m, n in shapes.reads) * tokens,
+        attention=sum(_attention_flops(m, phase.length) * n for m, n in shapes.reads) * tokens,
         parameters=_bytes((state.params, state.frozen)),
         optimizer=_bytes(state.opt_state),
         gradients=_bytes(state.params),
+        beside=_bytes(beside),
     )
 
 
@@ -189,6 +194,7 @@ def compile_decode_step(
     with jax.set_mesh(mesh):
         trained, frozen = stages.weights_of(config, model.config)
         params = weights.abstract(mesh, join(trained, frozen))
+        beside = weights.abstract(mesh, stages.reference_of(config, model.config))
 
         def token(params: Any, state: decoding.Decoding) -> decoding.Decoding:
             rng = jax.random.key(0)
@@ -214,6 +220,7 @@ def compile_decode_step(
         model_flops=flops * rows / mesh.size,
         attention=0.0,  # einsum, which the products count
         parameters=_bytes(params),
+        beside=_bytes(beside),
     )
 
 
@@ -245,6 +252,7 @@ def _compile(
     parameters: int,
     optimizer: int = 0,
     gradients: int = 0,
+    beside: int = 0,
 ) -> Program | TooLarge:
     begin = time.monotonic()
     try:
@@ -264,7 +272,8 @@ def _compile(
             optimizer=optimizer,
             other=held.argument_size_in_bytes - parameters - optimizer,
             gradients=gradients,
-            peak=held.peak_memory_in_bytes,
+            beside=beside,
+            peak=held.peak_memory_in_bytes + beside,
             host=held.host_temp_size_in_bytes + held.host_argument_size_in_bytes,
         ),
         flops=program.matrix_flops(module) + attention * _passes(kernels),

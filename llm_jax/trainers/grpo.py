@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.data.phases import Phase
 from llm_jax.errors import UserError
 from llm_jax.models import LanguageModel
 from llm_jax.objectives import grpo
 from llm_jax.rl.advantages import group_advantages, overlong_penalty
+from llm_jax.step import Objective
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Trainer
 from llm_jax.trainers.reference import reference_policy
@@ -94,23 +94,24 @@ def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], No
     ground = foundation.lay_for_chats(config, mesh, workdir, log)
     log(_describe(config))
 
-    def objective(model: LanguageModel, phase: Phase) -> Any:
-        del phase
-        return grpo.make_objective(
-            model,
-            config.loss,
-            temperature=config.rollout.temperature,
-            max_completion_length=config.rollout.max_new_tokens,
-        )
-
     ground, reference = reference_policy(ground) if config.loss.beta else (ground, None)
     wiring = Wiring(
-        objective=objective,
+        objective=lambda model, phase: objective_of(config, model),
         learner=lambda model, phase: GroupLearner(config),
         reference=reference,
         redraws=config.advantage.redraws,
     )
     return on_policy.build(ground, wiring, workdir)
+
+
+def objective_of(config: GRPOConfig, model: LanguageModel) -> Objective:
+    """The objective of a config for a model."""
+    return grpo.make_objective(
+        model,
+        config.loss,
+        temperature=config.rollout.temperature,
+        max_completion_length=config.rollout.max_new_tokens,
+    )
 
 
 def _check(config: GRPOConfig) -> None:

@@ -23,6 +23,7 @@ from llm_jax.models.size import flops_per_token
 from llm_jax.objectives import ppo
 from llm_jax.placement import to_host
 from llm_jax.rl.advantages import KLConfig, KLController, gae, token_rewards, whiten
+from llm_jax.step import Objective
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Setting, Trainer
 from llm_jax.trainers.critic import CriticConfig, add_critic
@@ -138,14 +139,8 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
         ropes = [p.rope for p in plan(config.phases, config.optimizer, architecture.rope, {})]
         critics = [LanguageModel(dataclasses.replace(architecture, rope=rope)) for rope in ropes]
 
-    def objective(model: LanguageModel, phase: Phase) -> Any:
-        return ppo.make_objective(
-            model,
-            config.loss,
-            temperature=config.rollout.temperature,
-            max_completion_length=config.rollout.max_new_tokens,
-            critic=critics[phase.index],
-        )
+    def objective(model: LanguageModel, phase: Phase) -> Objective:
+        return objective_of(config, model, critics[phase.index])
 
     def learner(model: LanguageModel, phase: Phase) -> CriticLearner:
         critic = critics[phase.index]
@@ -176,6 +171,19 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
         both = digest([trainer.data_fingerprint, text.fingerprint])
         trainer = dataclasses.replace(trainer, data_fingerprint=both)
     return dataclasses.replace(trainer, setting=setting)
+
+
+def objective_of(
+    config: PPOConfig, model: LanguageModel, critic: LanguageModel | None
+) -> Objective:
+    """The objective of a config for a policy, and for a critic of its own if there is one."""
+    return ppo.make_objective(
+        model,
+        config.loss,
+        temperature=config.rollout.temperature,
+        max_completion_length=config.rollout.max_new_tokens,
+        critic=critic,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ GB = 10**9
 def program(peak=8 * GB):
     return Program(
         name="train, 8 rows of 64",
-        memory=Memory(GB, 2 * GB, 10**7, GB, peak, 0),
+        memory=Memory(GB, 2 * GB, 10**7, GB, 0, peak, 0),
         flops=4e13,
         model_flops=3e13,
         traffic=8.19e11,

@@ -4,9 +4,9 @@
     python -m tools.estimate paper --config=... --chips=v5e-16  by formulas: memory, time, money
     python -m tools.estimate plan --config=... --chips=v5e-16   a mesh, and why
 
-The formulas and the planner are for pre-training; the compiler takes SFT, reward modelling and
-DPO, too. Every command explains its flags: python -m tools.estimate paper --help; that of the first
-line is `compile`, which may be left out.
+The formulas and the planner are for pre-training; the compiler takes SFT, reward modelling, DPO,
+PPO and GRPO, too. Every command explains its flags: python -m tools.estimate paper --help; that of
+the first line is `compile`, which may be left out.
 """
 
 from __future__ import annotations

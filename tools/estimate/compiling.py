@@ -6,7 +6,8 @@
 Every phase of the config is compiled by the TPU's own compiler (pip install 'jax[tpu]'), which
 knows the memory of each chip to the byte. Times are those of a chip at its peaks. A stage after
 pre-training has the architecture of what it starts from (config.init_from, or config.json in
-config.init_from_hf), or its own config's where it starts from nothing.
+config.init_from_hf), or its own config's where it starts from nothing. Of PPO and GRPO the
+reference is counted, but no reward model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ GIGABYTE = 1e9
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string(
-        "config", None, "a config of pre-training, SFT, reward modelling or DPO", flag_values=values
+        "config",
+        None,
+        "a config of pre-training, SFT, reward modelling, DPO, PPO or GRPO",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "topology", None, "a slice, such as v5e:4x4, or a cluster by name, such as v5p-128",
@@ -129,6 +133,7 @@ def _lines(step: Program, times: Any, cluster: Cluster) -> Iterator[str]:
         "parameters": memory.parameters,
         "optimiser": memory.optimizer,
         "gradients": memory.gradients,
+        "reference": memory.beside,
         "inputs": memory.other,
         "activations and the rest": memory.activations,
     }
