@@ -276,7 +276,8 @@ def _compile(
             peak=held.peak_memory_in_bytes + beside,
             host=held.host_temp_size_in_bytes + held.host_argument_size_in_bytes,
         ),
-        flops=program.matrix_flops(module) + attention * _passes(kernels),
+        # The compiler makes no matrix product of one row.
+        flops=max(model_flops, program.matrix_flops(module) + attention * _passes(kernels)),
         model_flops=model_flops,
         traffic=program.memory_traffic(module),
         collectives=program.collectives(module, dict(mesh.shape)),

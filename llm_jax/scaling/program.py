@@ -27,6 +27,7 @@ FREE = (
     "async-done", "async-update", "opt-barrier", "optimization-barrier",
 )  # fmt: skip
 PALLAS = "tpu_custom_call"
+SPREAD = "AsyncCollective"  # begins and ends an exchange that is spread over fusions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +71,8 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> tuple[Collecti
     found: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(
         lambda: [0.0, 0.0]
     )
-    for computation, instruction, times in _executed(module):
+    for computation, instruction, times in _exchanges(module):
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES or not times:
-            continue
         groups = _groups(instruction.attributes, math.prod(mesh_shape.values()))
         size = len(groups[0])
         if size < 2:
@@ -105,6 +104,10 @@ def memory_traffic(module: Module) -> float:
         if computation.name in module.inner or instruction.opcode in FREE:
             continue
         total += times * _traffic(module, computation, instruction)
+    for computation, exchange, times in _exchanges(module):
+        if computation.name in module.inner:
+            given = _held(list(_operand_arrays(computation, exchange)))
+            total += times * (given + _held(exchange.results))
     return total
 
 
@@ -113,6 +116,24 @@ def _executed(module: Module) -> Iterator[tuple[Computation, Instruction, float]
         times = module.executions.get(name, 0.0)
         for instruction in computation.instructions.values():
             yield computation, instruction, times
+
+
+def _exchanges(module: Module) -> Iterator[tuple[Computation, Instruction, float]]:
+    """What is executed of `COLLECTIVES`.
+
+    A TPU's compiler spreads an exchange over fusions, so that it goes on while they compute. It
+    stands in each of them, with one channel, and is one.
+    """
+    spread = set()
+    for computation, instruction, times in _executed(module):
+        if not times or instruction.opcode.removesuffix("-start") not in COLLECTIVES:
+            continue
+        channel = _number(instruction.attributes, "channel_id", 0)
+        if computation.name in module.inner and channel:
+            if channel in spread:
+                continue
+            spread.add(channel)
+        yield computation, instruction, times
 
 
 def _operand_arrays(computation: Computation, instruction: Instruction) -> Iterator[Array]:
@@ -258,13 +279,18 @@ def _fusion_traffic(outer: Computation, fusion: Instruction, inside: Computation
         made = outer.instructions.get(name)
         if made is None:
             continue
-        using = users[parameters[number].name]
-        if using and all(_takes_part(user, parameters[number].name) for user in using):
+        using = [u for u in users[parameters[number].name] if not _hands_on(u)]
+        if all(_takes_part(user, parameters[number].name) for user in using):
             # In place: the slices taken, or the places overwritten, which count with the results.
             total += sum(_held(u.results) for u in using if u.opcode != "dynamic-update-slice")
         else:
             total += _held(made.results)
     return total + _written(inside, fusion)
+
+
+def _hands_on(user: Instruction) -> bool:
+    """Whether it reads nothing: it is a result as it came, or belongs to a spread exchange."""
+    return user.opcode in ("tuple", *COLLECTIVES) or SPREAD in user.attributes
 
 
 def _takes_part(user: Instruction, name: str) -> bool:
@@ -274,11 +300,15 @@ def _takes_part(user: Instruction, name: str) -> bool:
 
 def _written(inside: Computation, fusion: Instruction) -> float:
     root = inside.root
+    if SPREAD in root.attributes:
+        return 0.0
     roots = [inside.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0
     for made, result in zip(roots, fusion.results, strict=False):
         while made.opcode == "bitcast":
             made = inside.instructions[made.operands[0]]
+        if made.opcode in ("parameter", *COLLECTIVES):
+            continue
         if made.opcode == "dynamic-update-slice":
             total += _held(inside.instructions[made.operands[1]].results)
         else:

@@ -156,6 +156,56 @@ def test_a_permutation_sends_what_it_holds():
     )
 
 
+SPREAD = """
+%go (p: f32[16]) -> (f32[16], f32[64], u32[]) {
+  %p = f32[16]{0} parameter(0)
+  %g = f32[64]{0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c = (f32[16]{0}, f32[64]{0}, u32[]{:S(2)}) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%on (p: f32[16], q: f32[64], s: u32[], x: f32[8]) -> (f32[8], f32[16], f32[64], u32[]) {
+  %p = f32[16]{0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %s = u32[]{:S(2)} parameter(2)
+  %x = f32[8]{0} parameter(3)
+  %n = f32[8]{0} negate(%x)
+  %g = f32[64]{0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (f32[8]{0}, f32[16]{0}, f32[64]{0}, u32[]{:S(2)}) tuple(%n, %p, %g, %s)
+}
+
+%end (p: f32[16], q: f32[64], s: u32[]) -> f32[64] {
+  %p = f32[16]{0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %s = u32[]{:S(2)} parameter(2)
+  %g = f32[64]{0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c = f32[64]{0} custom-call(%p, %q, %g, %s), custom_call_target="AsyncCollectiveDone"
+}
+"""
+
+
+def test_an_exchange_that_goes_on_while_fusions_compute_is_one():
+    """It sends 3 x 64 bytes, and 64 are read and 256 written; beside it 32 are read and written."""
+    handed = "(f32[16]{0}, f32[64]{0}, u32[]{:S(2)})"
+    module = entry(
+        "%x = f32[16]{0} parameter(0)",
+        "%y = f32[8]{0} parameter(1)",
+        f"%a = {handed} fusion(%x), kind=kCustom, calls=%go",
+        *(f"%a.{i} = {t} get-tuple-element(%a), index={i}"
+          for i, t in enumerate(("f32[16]{0}", "f32[64]{0}", "u32[]{:S(2)}"))),
+        "%b = (f32[8]{0}, f32[16]{0}, f32[64]{0}, u32[]{:S(2)}) fusion(%a.0, %a.1, %a.2, %y), "
+        "kind=kOutput, calls=%on",
+        *(f"%b.{i} = {t} get-tuple-element(%b), index={i}"
+          for i, t in enumerate(("f32[8]{0}", "f32[16]{0}", "f32[64]{0}", "u32[]{:S(2)}"))),
+        "ROOT %c = f32[64]{0} fusion(%b.1, %b.2, %b.3), kind=kCustom, calls=%end",
+        before=SPREAD,
+    )  # fmt: skip
+    assert program.collectives(module, MESH) == (
+        Collective("all-gather", ("fsdp",), 1.0, 3 * 64.0),
+    )
+    assert program.memory_traffic(module) == (64 + 256) + (32 + 32)
+
+
 def test_exchanges_of_a_program_of_jax():
     """What is summed over lies on both axes: its parts are reduced over them, in every turn."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
