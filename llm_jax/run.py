@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
 from llm_jax.distributed import ask_all, check_equal, wait_for_all
 from llm_jax.errors import UserError, disk_errors
+from llm_jax.json_files import read_json, write_json
 from llm_jax.mesh import describe_hardware, make_mesh
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
 from llm_jax.recipe import RECIPE, run_recipe
-from llm_jax.runs import write_json
 from llm_jax.train import Outcome, train
 from llm_jax.trainers import find_stage
 from llm_jax.trainers.base import RunConfig, Trainer
@@ -81,7 +80,7 @@ def _finished(workdir: Path, config: RunConfig) -> bool:
         return False
     if checkpoint.latest_step(workdir) is None:
         return False  # it ended before its first checkpoint, so nothing binds the config
-    before = binding(json.loads((workdir / "config.json").read_text()))
+    before = binding(read_json(workdir / "config.json") or {})
     now = binding(resolved(config))
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if changed:
@@ -91,8 +90,8 @@ def _finished(workdir: Path, config: RunConfig) -> bool:
             f"{workdir} was made with another config: {key} was {before.get(key)!r} and is "
             f"{now.get(key)!r} now{more}. Use another --workdir, or the old values to resume."
         )
-    result = workdir / "result.json"
-    return result.exists() and json.loads(result.read_text())["status"] == "finished"
+    result = read_json(workdir / "result.json")
+    return result is not None and result["status"] == "finished"
 
 
 def _write_contract(workdir: Path, config: RunConfig, trainer: Trainer) -> None:

@@ -24,8 +24,8 @@ from llm_jax.data.offline import OfflineSource
 from llm_jax.data.phases import PhaseConfig
 from llm_jax.data.tokenizers import load_tokenizer
 from llm_jax.errors import UserError
+from llm_jax.json_files import write_json
 from llm_jax.metrics import read_metrics_file
-from llm_jax.runs import write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 26

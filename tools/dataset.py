@@ -42,7 +42,7 @@ def write_dataset(
     Raises:
       UserError: a file that cannot be written; no row.
     """
-    from llm_jax.runs import write_json, write_json_lines
+    from llm_jax.json_files import write_json, write_json_lines
 
     count = write_json_lines(path, _watched(rows, dropped))
     facts = {"rows": count, "dropped": {why: n for why, n in dropped.items() if n}}

@@ -121,7 +121,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     Raises:
       UserError: it cannot be read, or is something else.
     """
-    from llm_jax.runs import read_json
+    from llm_jax.json_files import read_json
 
     record = read_json(path)
     if record is None:
@@ -139,7 +139,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written, or holds something else.
     """
-    from llm_jax.runs import write_json
+    from llm_jax.json_files import write_json
 
     earlier = read_record(output)
     if earlier is not None and _of_one_checkpoint(earlier, record):

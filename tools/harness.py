@@ -60,7 +60,8 @@ def main(values: flags.FlagValues) -> None:
     from llm_jax.compilation import use_compilation_cache
     from llm_jax.evals.harness import run_harness
     from llm_jax.evals.run_subject import run_subject
-    from llm_jax.runs import load_run, write_json
+    from llm_jax.json_files import write_json
+    from llm_jax.runs import load_run
 
     use_compilation_cache()
     run = load_run(values.workdir)

@@ -31,7 +31,8 @@ def main(values: flags.FlagValues) -> None:
 
     from llm_jax import checkpoint
     from llm_jax.data.tokenizers import load_tokenizer
-    from llm_jax.runs import check_new, write_json
+    from llm_jax.json_files import write_json
+    from llm_jax.runs import check_new
     from llm_jax.stored import at
 
     output = Path(values.output)

@@ -179,7 +179,7 @@ def tidy(panel: Any) -> None:
 
 def by_config(folders: Sequence[Path]) -> list[list[Path]]:
     """The runs that differ in nothing but the seed of their configs, together."""
-    from llm_jax.runs import read_json
+    from llm_jax.json_files import read_json
 
     groups: dict[str, list[Path]] = {}
     for folder in folders:

@@ -57,7 +57,8 @@ def main(values: flags.FlagValues) -> None:
     import jax
 
     from llm_jax.compilation import use_compilation_cache
-    from llm_jax.runs import load_run, write_json_lines
+    from llm_jax.json_files import write_json_lines
+    from llm_jax.runs import load_run
 
     if not Path(values.input).is_file():
         raise UserError(f"--input={values.input} does not exist.")

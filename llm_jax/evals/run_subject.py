@@ -8,8 +8,9 @@ from llm_jax.data.store import TokenStore
 from llm_jax.errors import UserError
 from llm_jax.evals.held_out import has_texts, held_out_stores
 from llm_jax.evals.subject import BATCH, Subject
+from llm_jax.json_files import read_json
 from llm_jax.models.heads import REWARD
-from llm_jax.runs import LoadedRun, read_json
+from llm_jax.runs import LoadedRun
 
 
 def run_subject(run: LoadedRun, log: Callable[[str], None], batch: int = BATCH) -> Subject:

@@ -21,10 +21,11 @@ from llm_jax.interop.floats import BFLOAT16
 from llm_jax.interop.folder import CONFIG_FILE, GENERATION_FILE
 from llm_jax.interop.mapping import leaves_of
 from llm_jax.interop.tokenizer_files import generation_config, write_tokenizer
+from llm_jax.json_files import write_json
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import REWARD
 from llm_jax.models.quantize import dequantise_all
-from llm_jax.runs import check_new, write_json
+from llm_jax.runs import check_new
 from llm_jax.stored import Stored
 
 DType = Literal["float32", "bfloat16", "float16"]

@@ -10,7 +10,8 @@ from llm_jax.errors import disk_errors
 from llm_jax.interop import tensors
 from llm_jax.interop.folder import open_folder
 from llm_jax.interop.tokenizer_files import has_tokenizer
-from llm_jax.runs import check_new, write_json
+from llm_jax.json_files import write_json
+from llm_jax.runs import check_new
 
 STEP = 0  # of the only checkpoint
 DISK_MEND = "Name another --workdir."

@@ -32,10 +32,10 @@ from llm_jax.interop.mapping import leaves_of
 from llm_jax.interop.modules import Part, by_module, parts_of, target_modules, targets, widths
 from llm_jax.interop.pieces import Leaf, Piece
 from llm_jax.interop.safetensors_files import TensorFolder
+from llm_jax.json_files import write_json
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import REWARD
 from llm_jax.models.lora import LoraConfig
-from llm_jax.runs import write_json
 
 CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"  # of the tensors' file

@@ -25,8 +25,8 @@ from llm_jax.data.sources import SourceConfig
 from llm_jax.data.template_base import ChatTemplate, assistant_text
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.errors import UserError
+from llm_jax.json_files import write_json, write_json_lines
 from llm_jax.rl.scoring import Sample
-from llm_jax.runs import write_json, write_json_lines
 
 SELECTED, PAIRS = "selected", "pairs"
 

@@ -180,8 +180,9 @@ def _points(
         _kept_of_layer, mesh=mesh, tokens=tokens, length=length, platform=platform
     )
     stacked = model
-    if platform == "cpu" and model.remat not in ("full", "offload"):
-        # Its XLA widens what has 16 bits as soon as it is computed, and keeps it so for later.
+    if platform == "cpu":
+        # Its XLA widens what has 16 bits as soon as it is computed, and keeps it so for later; what
+        # full rematerialisation keeps, ahead of the loop backwards.
         stacked = dataclasses.replace(model, dtype="float32")
     saved: Bytes = {"saved activations": model.num_layers * layers(stacked)}
     hidden = tokens * model.embed_dim / mesh.tensor  # values

@@ -10,7 +10,7 @@ from llm_jax.data.examples import Comparison, Conversation, Message
 from llm_jax.data.formats import read_examples
 from llm_jax.data.sources import SourceConfig
 from llm_jax.errors import UserError
-from llm_jax.runs import write_json_lines
+from llm_jax.json_files import write_json_lines
 from llm_jax.synthesis import feedback
 from llm_jax.synthesis.constitution import Constitution, Principle
 from llm_jax.synthesis.feedback import Comparer, Ledger, Question, revise

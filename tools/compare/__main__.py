@@ -182,7 +182,7 @@ def _differences(
     """The settings in which the models differ; of each its first seed's."""
     from llm_jax.checkpoint import newest_meta
     from llm_jax.config import differences, used
-    from llm_jax.runs import read_json
+    from llm_jax.json_files import read_json
 
     configs = []
     for group in models.values():
@@ -265,7 +265,7 @@ def _write(
     values: flags.FlagValues,
 ) -> None:
     from llm_jax.config import ABSENT
-    from llm_jax.runs import write_json
+    from llm_jax.json_files import write_json
 
     record = {
         "models": {name: [names[place] for place in group] for name, group in models.items()},

@@ -35,7 +35,7 @@ def read_evaluation(path: Path, step: int, notes: list[str]) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    from llm_jax.runs import read_json
+    from llm_jax.json_files import read_json
     from tools.evaluate import FILE, read_record
 
     file = path / FILE

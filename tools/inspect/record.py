@@ -10,9 +10,9 @@ from typing import Any
 from llm_jax import checkpoint
 from llm_jax.console import align, clock_time
 from llm_jax.errors import UserError
+from llm_jax.json_files import read_json
 from llm_jax.models import ModelConfig
 from llm_jax.models.size import parameter_count
-from llm_jax.runs import read_json
 from llm_jax.stored import Stored
 
 CONTRACT = ("config.json", "tokenizer", "checkpoints", "metrics.jsonl", "result.json")
@@ -50,9 +50,9 @@ def _status(stored: Stored, result: dict[str, Any] | None) -> str:
     if stored.published is not None:
         return f"a published {stored.published.config['model_type']} model"
     if result is None:
-        return (
-            f"{stage}, not finished: no result.json; its command resumes at the newest checkpoint"
-        )
+        damaged = (stored.path / "result.json").exists()
+        reason = "result.json cannot be read" if damaged else "no result.json"
+        return f"{stage}, not finished: {reason}; its command resumes at the newest checkpoint"
     return (
         f"{stage}, {result['status']} after {result['step']:,} steps, {result['tokens']:,} tokens, "
         f"{clock_time(result['seconds'])}"

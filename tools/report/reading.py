@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llm_jax.binding import binding
 from llm_jax.config import digest, flatten
 from llm_jax.errors import UserError
-from llm_jax.runs import read_json
+from llm_jax.json_files import read_json
 
 DEPTH = (
     2  # folders below the given one in which runs are looked for: a sweep's points may be chains

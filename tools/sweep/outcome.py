@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.evals.statistics import mean
+from llm_jax.json_files import read_json
 from llm_jax.measures import Direction
-from llm_jax.runs import read_json
 from llm_jax.sweep import SEED
 from tools.sweep.points import Point
 

@@ -13,9 +13,9 @@ from llm_jax import checkpoint
 from llm_jax.binding import binding, binding_digest
 from llm_jax.config import build, digest, resolved
 from llm_jax.errors import UserError, did_you_mean
+from llm_jax.json_files import read_json
 from llm_jax.main import check_file, parse
 from llm_jax.recipe import RECIPE, STAGES
-from llm_jax.runs import read_json
 from llm_jax.sweep import Overrides, Sweep, name_points, parse_grid
 from llm_jax.trainers import TRAINERS
 

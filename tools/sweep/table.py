@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 
 from llm_jax.console import clock_time
+from llm_jax.json_files import write_json
 from llm_jax.measures import Direction
-from llm_jax.runs import write_json
 from llm_jax.sweep import SEED, Sweep
 from tools.sweep.outcome import FAILED, FINISHED, RUNNING, Group, Outcome, group_seeds
 from tools.sweep.points import RECORD
