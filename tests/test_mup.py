@@ -11,6 +11,8 @@ import pytest
 from llm_jax import mup
 from llm_jax.errors import UserError
 from llm_jax.interop.families import family_for
+from llm_jax.mesh import MeshConfig
+from llm_jax.metrics import read_metrics_file
 from llm_jax.models import LanguageModel, LoraConfig, ModelConfig, MoeConfig
 from llm_jax.models.heads import CRITIC, init_heads, rewards
 from llm_jax.optim import OptimizerConfig, make_optimizer
@@ -192,6 +194,28 @@ def test_widened_models_have_more_heads_of_one_size():
     assert mup.widened(config, 32) == dataclasses.replace(config, head_dim=8)
     with pytest.raises(UserError, match=r"at width 40 model.num_kv_heads would be 2.5, from 2"):
         mup.widened(config, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_mesh_changes_no_step(name, tiny_config, run_on, tmp_path):
+    """Learning rates are those of the whole width, whatever part of it a device holds."""
+
+    def losses(devices, mesh, base):
+        model = ModelConfig(embed_dim=64, num_layers=1, num_heads=4, mlp_dim=64, max_length=128,
+                            tie_embeddings=False, mup_base_width=base)  # fmt: skip
+        # As in tests/test_step.py, so that no gradient that is but rounding makes a full step.
+        optimizer = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=1, epsilon=1e-3)
+        workdir = tmp_path / f"{devices}_{base}"
+        config = tiny_config(model=model, optimizer=optimizer, mesh=mesh)
+        assert run_on(devices, config, workdir) == 0
+        records = read_metrics_file(workdir / "metrics.jsonl")
+        return [record["loss"] for record in records if "loss" in record]
+
+    alone = losses(1, MeshConfig(), 16)
+    split = losses(8, MeshConfig(data=2, fsdp=2, tensor=2), 16)
+    np.testing.assert_allclose(split, alone, rtol=1e-4)
+    assert abs(losses(1, MeshConfig(), None)[-1] - alone[-1]) > 1e-2
 
 
 def test_bad_settings():
