@@ -184,6 +184,8 @@ def test_damage_is_found_and_told(finished, tmp_path, tool):
     assert "set aside" in states["4.damaged"] and "no checkpoint" in states["other"]
     assert "unfinished" in states["5.orbax-checkpoint-tmp-0"]
     assert "not finished: no result.json" in "\n".join(lines)
+    (run / "result.json").write_text("{")
+    assert "not finished: result.json cannot be read" in "\n".join(tool(f"{run}@2")[1])
     shutil.rmtree(checkpoints / "3" / "meta")
     status, lines, error = tool(run)
     assert status == 2 and lines[4].endswith("damaged: meta missing")
