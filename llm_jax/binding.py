@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.config import digest, flatten
-from llm_jax.json_files import read_json
+from llm_jax.json_files import require_json
 
 # What a resumed run may change: none of it decides which batches or updates come next.
 FREE_TO_CHANGE = (
@@ -34,4 +34,4 @@ def binding(config: dict[str, Any]) -> dict[str, Any]:
 
 def binding_digest(workdir: Path) -> str:
     """The hash of what binds the run in a folder."""
-    return digest(binding(read_json(workdir / "config.json") or {}))
+    return digest(binding(require_json(workdir / "config.json")))

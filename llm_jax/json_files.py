@@ -29,6 +29,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def require_json(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that has to be there.
+
+    Raises:
+      UserError: it is not, or cannot be read.
+    """
+    found = read_json(path)
+    if found is None:
+        raise UserError(f"{path} is not there.")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")

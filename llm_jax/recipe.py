@@ -16,7 +16,7 @@ from llm_jax.binding import binding_digest
 from llm_jax.config import build, defaults, flatten, resolved
 from llm_jax.distributed import wait_for_all
 from llm_jax.errors import UserError
-from llm_jax.json_files import read_json
+from llm_jax.json_files import require_json
 from llm_jax.mesh import MeshConfig, make_mesh
 from llm_jax.metrics import read_metrics_file
 from llm_jax.yardstick import Measurements, YardstickConfig
@@ -201,4 +201,4 @@ def _figures(records: list[dict[str, float]]) -> list[str]:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "result.json") or {}
+    return require_json(folder / "result.json")

@@ -15,7 +15,7 @@ from llm_jax.compilation import use_compilation_cache
 from llm_jax.config import build, digest, resolved
 from llm_jax.distributed import ask_all, check_equal, wait_for_all
 from llm_jax.errors import UserError, disk_errors
-from llm_jax.json_files import read_json, write_json
+from llm_jax.json_files import read_json, require_json, write_json
 from llm_jax.mesh import describe_hardware, make_mesh
 from llm_jax.metrics import RunLog
 from llm_jax.models.heads import REWARD
@@ -80,7 +80,7 @@ def _finished(workdir: Path, config: RunConfig) -> bool:
         return False
     if checkpoint.latest_step(workdir) is None:
         return False  # it ended before its first checkpoint, so nothing binds the config
-    before = binding(read_json(workdir / "config.json") or {})
+    before = binding(require_json(workdir / "config.json"))
     now = binding(resolved(config))
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if changed:

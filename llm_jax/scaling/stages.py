@@ -28,6 +28,7 @@ from llm_jax.scaling.divisibility import check_mesh
 from llm_jax.step import Objective
 from llm_jax.stored import at, find
 from llm_jax.trainers import dpo, grpo, ppo
+from llm_jax.trainers.critic import of_phases
 from llm_jax.trainers.foundation import asked_model, inherited_model
 from llm_jax.types import Batch, PreferenceBatch, RolloutBatch
 
@@ -68,7 +69,7 @@ def phases_of(config: Any) -> tuple[Phase, ...]:
             f"the step of stage {config.trainer!r} is not compiled ahead of time; those of "
             f"{', '.join(known)} are."
         )
-    sequences = PAIR if config.trainer in PREFERENCE else 1 + _rows_of_text(config)
+    sequences = PAIR if config.trainer in PREFERENCE else 1 + _text_rows(config)
     return plan(config.phases, config.optimizer, model_of(config).rope, {}, sequences)
 
 
@@ -104,7 +105,7 @@ def weights_of(config: Any, model: ModelConfig) -> tuple[Any, Any]:
 def reference_of(config: Any, model: ModelConfig) -> Any:
     """Shapes in boxes of the weights that lie beside those of the step, since rounds of samples are
     compared with them; None for none, or where they are the policy's frozen base."""
-    compared = config.trainer in ON_POLICY and _is_compared(config)
+    compared = config.trainer in ON_POLICY and config.has_reference
     return weights.shapes(model) if compared and model.lora is None else None
 
 
@@ -123,9 +124,7 @@ def of_phase(config: Any, phase: Phase, mesh: Mesh) -> Shapes:
     trained, frozen = weights_of(config, model_config)
     architecture = _critic(config)
     if architecture is not None:
-        ropes = [p.rope for p in plan(config.phases, config.optimizer, architecture.rope, {})]
-        architecture = dataclasses.replace(architecture, rope=ropes[phase.index])
-        critic = LanguageModel(architecture, platform)
+        critic = LanguageModel(of_phases(config, architecture)[phase.index], platform)
     return Shapes(
         model=model,
         objective=_objective(config, model, critic),
@@ -152,15 +151,8 @@ def _critic(config: Any) -> ModelConfig | None:
     return dataclasses.replace(inherited_model(config.model, found), lora=None)
 
 
-def _is_compared(config: Any) -> bool:
-    """Whether a stage that samples has a reference."""
-    return bool(config.kl.coefficient if config.trainer == "ppo" else config.loss.beta)
-
-
-def _rows_of_text(config: Any) -> int:
-    """That a step of PPO reads for each completion."""
-    mixes = config.trainer == "ppo" and config.loss.ptx_coefficient
-    return config.pretraining.rows if mixes else 0
+def _text_rows(config: Any) -> int:
+    return config.text_rows if config.trainer == "ppo" else 0
 
 
 def _objective(config: Any, model: LanguageModel, critic: LanguageModel | None) -> Objective:
@@ -188,13 +180,13 @@ def _batch(config: Any, phase: Phase, mesh: Mesh) -> Batch | PreferenceBatch | R
     if config.trainer in LANGUAGE:
         return sequences(rows, length)
     if config.trainer in ON_POLICY:
-        numbers, text = of(jnp.float32, rows, length), _rows_of_text(config)
+        numbers, text = of(jnp.float32, rows, length), _text_rows(config)
         criticised = numbers if config.trainer == "ppo" else None
         return RolloutBatch(
             sequences=sequences(rows, length),
             old_logprobs=numbers,
             advantages=numbers,
-            reference_logprobs=numbers if _is_compared(config) else None,
+            reference_logprobs=numbers if config.has_reference else None,
             values=criticised,
             returns=criticised,
             pretraining=sequences(rows * text, length) if text else None,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from llm_jax.config import resolved
+from llm_jax.data.phases import plan
 from llm_jax.errors import UserError
 from llm_jax.models import ModelConfig
 from llm_jax.models.config import check_length
@@ -81,6 +82,12 @@ def add_critic(ground: Foundation, config: CriticConfig) -> tuple[Foundation, Mo
     weights = dataclasses.replace(ground.weights, init=init_both, load=load)
     meta = {**ground.more_meta, "critic": {"model": resolved(model)}}
     return dataclasses.replace(ground, weights=weights, more_meta=meta), model
+
+
+def of_phases(config: Any, architecture: ModelConfig) -> list[ModelConfig]:
+    """A critic's architecture in each phase of the config, as these change its RoPE."""
+    phases = plan(config.phases, config.optimizer, architecture.rope, {})
+    return [dataclasses.replace(architecture, rope=phase.rope) for phase in phases]
 
 
 def _read(stored: Stored, ground: Foundation) -> Any:

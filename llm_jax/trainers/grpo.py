@@ -50,6 +50,11 @@ class GRPOConfig(on_policy.OnPolicyConfig):
     advantage: AdvantageConfig = AdvantageConfig()
 
     @property
+    def has_reference(self) -> bool:
+        """Whether samples are compared with the model that the stage starts from."""
+        return bool(self.loss.beta)
+
+    @property
     def advantage_scale(self) -> Literal["std", "batch", "none"]:
         return self.advantage.scale or grpo.VARIANTS[self.loss.variant].scale
 
@@ -94,7 +99,7 @@ def build(config: GRPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], No
     ground = foundation.lay_for_chats(config, mesh, workdir, log)
     log(_describe(config))
 
-    ground, reference = reference_policy(ground) if config.loss.beta else (ground, None)
+    ground, reference = reference_policy(ground) if config.has_reference else (ground, None)
     wiring = Wiring(
         objective=lambda model, phase: objective_of(config, model),
         learner=lambda model, phase: GroupLearner(config),

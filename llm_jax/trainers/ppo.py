@@ -26,7 +26,7 @@ from llm_jax.rl.advantages import KLConfig, KLController, gae, token_rewards, wh
 from llm_jax.step import Objective
 from llm_jax.trainers import foundation, on_policy
 from llm_jax.trainers.base import Setting, Trainer
-from llm_jax.trainers.critic import CriticConfig, add_critic
+from llm_jax.trainers.critic import CriticConfig, add_critic, of_phases
 from llm_jax.trainers.reference import reference_policy
 from llm_jax.trainers.rounds import Round, Wiring, masked
 from llm_jax.types import Batch, RolloutBatch
@@ -70,6 +70,16 @@ class PPOConfig(on_policy.OnPolicyConfig):
     loss: ppo.LossConfig = ppo.LossConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether samples are compared with the model that the stage starts from."""
+        return bool(self.kl.coefficient)
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of pre-training text in a step, for each completion."""
+        return self.pretraining.rows if self.loss.ptx_coefficient else 0
 
 
 class CriticLearner:
@@ -132,12 +142,11 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
     """
     heads = () if config.critic is not None else (VALUE,)
     ground = foundation.lay_for_chats(config, mesh, workdir, log, heads)
-    ground, reference = reference_policy(ground) if config.kl.coefficient else (ground, None)
+    ground, reference = reference_policy(ground) if config.has_reference else (ground, None)
     critics: list[LanguageModel | None] = [None] * len(config.phases)
     if config.critic is not None:
         ground, architecture = add_critic(ground, config.critic)
-        ropes = [p.rope for p in plan(config.phases, config.optimizer, architecture.rope, {})]
-        critics = [LanguageModel(dataclasses.replace(architecture, rope=rope)) for rope in ropes]
+        critics = [LanguageModel(model) for model in of_phases(config, architecture)]
 
     def objective(model: LanguageModel, phase: Phase) -> Objective:
         return objective_of(config, model, critics[phase.index])
@@ -153,10 +162,10 @@ def build(config: PPOConfig, mesh: Mesh, workdir: Path, log: Callable[[str], Non
         jitted = ground.jit(read)
         return CriticLearner(config, lambda params, batch: to_host(jitted(params, batch)))
 
-    text = _text(ground, config) if config.loss.ptx_coefficient else None
+    text = _text(ground, config) if config.text_rows else None
     wiring = Wiring(objective, learner, reference, text=None if text is None else text.source)
     trainer = on_policy.build(ground, wiring, workdir)
-    rows = 0 if text is None else config.pretraining.rows
+    rows = config.text_rows
 
     def setting(phase: Phase) -> Setting:
         """The stage's, with what critic and text cost."""
